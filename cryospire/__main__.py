@@ -1,0 +1,3 @@
+from cryospire.cli import main
+
+main()

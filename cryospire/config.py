@@ -1,0 +1,161 @@
+"""One typed, documented configuration: a section for each stage, checked before any work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cryospire.conventions import InputError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Simulate(Section):
+    """Particles with a known truth, from an atomic model or the built-in phantom."""
+
+    model: Path | None = Field(None, description="PDB or mmCIF file, plain or .gz; empty: the built-in phantom of protein-like domains")
+    kind: Literal["conformational", "compositional", "mixed"] = Field("mixed", description="what differs between states: a moving group, absent groups, or both")
+    moving: list[str] = Field([], description="chains that turn about the hinge, as 'A' or 'A:1-110' (residues); empty: the phantom's own arm")
+    hinge: list[str] = Field([], description="two residues 'A:118' 'B:114' whose CA atoms span the axis; empty: the phantom's own")
+    path: Literal["circle", "random"] = Field("circle", description="states along one dihedral (IgG-1D) or at random orientations of the group (IgG-RL)")
+    absent: list[list[str]] = Field([], description="groups of chains that are absent from some states; empty: the phantom's own arm tip")
+    states: int = Field(20, ge=1)
+    particles: int = Field(20_000, ge=2)
+    uneven: bool = Field(False, description="state populations fall geometrically by a factor of five instead of being equal")
+    box: int = Field(64, ge=16, description="pixels; even")
+    pixel_size: float = Field(6.0, gt=0, description="Å")
+    snr: float = Field(0.04, gt=0, description="signal variance over noise variance in this box (CryoBench: 0.01 at box 256 is 0.04 at 128)")
+    shift: float = Field(10.0, ge=0, description="standard deviation of particle shifts, Å")
+    resolution: float = Field(0.0, ge=0, description="low-pass of the truth, Å; 0: 2.2 pixels")
+
+
+class Preprocess(Section):
+    """Particle stack to whitened Zarr shards."""
+
+    box: int = Field(0, ge=0, description="pixels after Fourier cropping; 0: as they are")
+    contrast: Literal["white", "black"] = Field("white", description="protein in the input images")
+    window: bool = Field(True, description="multiply by a soft circle, 1 inside 0.85 of the half box and 0 beyond 0.99")
+    dtype: Literal["float16", "float32"] = "float16"
+    shard_mib: int = Field(64, ge=1, description="size of a shard file; one dask task reads and writes one shard")
+    workers: int = Field(2, ge=1, description="dask worker processes on this machine")
+
+
+class Consensus(Section):
+    """Rigid reconstruction of all particles."""
+
+    mask_threshold: float = Field(0.0, ge=0, description="density threshold of the mask; 0: chosen from the map")
+    mask_soft: float = Field(3.0, ge=0, description="width of the cosine edge, pixels")
+
+
+class Training(Section):
+    """What both trainings share."""
+
+    gaussians: int = Field(2048, ge=8)
+    epochs: int = Field(15, ge=1)
+    batch: int = Field(64, ge=1, description="images in a global batch, over all ranks")
+    head: Literal["mlp", "factorized"] = Field("mlp", description="'mlp': the paper's, one evaluation for every Gaussian-image pair; 'factorized': trunk(z) times branch(feature)")
+    rank: int = Field(32, ge=1, description="rank of the factorized head")
+    hidden: int = Field(32, ge=1, description="units in a hidden layer")
+    layers: int = Field(1, ge=1, description="hidden layers")
+    lambda_z: float = Field(1.0, ge=0, description="weight of |z|^2 / 2 beside |residual|^2 / 2 summed over pixels; 1 is the MAP estimate under unit noise")
+    lr: float = Field(1e-3, gt=0, description="Adam, networks and features")
+    lr_z: float = Field(0.05, gt=0, description="Adam, latents: each gets one gradient an epoch")
+    lr_density: float = Field(0.02, gt=0, description="Adam, centres (pixels), log scales and relative amplitudes of the Gaussians")
+    lanes: int = Field(8, ge=1, description="fixed division of the particles among ranks; the number of ranks must divide it, and so must the batch")
+    cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales")
+    checkpoint_minutes: float = Field(10.0, ge=0, description="time between checkpoints inside an epoch; there is always one after an epoch")
+    deterministic: bool = Field(False, description="GPU: deterministic algorithms only; CPU runs are always deterministic")
+    memory_mib: int = Field(512, ge=16, description="images held in memory by a rank while streaming")
+
+
+class Discover(Training):
+    """Stage 1: a coarse mixture whose features tell which Gaussians move or vanish together."""
+
+    latent: int = Field(4, ge=1)
+    features: int = Field(24, ge=1)
+
+
+class Parts(Section):
+    """Clusters of features, divided in space into anchors."""
+
+    parts: int = Field(0, ge=0, description="number of parts; 0: chosen from the evidence")
+    max_parts: int = Field(8, ge=2, description="the largest number that is tried")
+    anchors: int = Field(5, ge=1, description="anchors over all parts, at least one a part; large parts get more")
+    seeds: int = Field(8, ge=2, description="repeats of k-means++ for the stability of a division")
+    random: bool = Field(False, description="ablation: parts without regard to features")
+
+
+class Train(Training):
+    """Stage 2: parts move rigidly, Gaussians flex and switch on and off."""
+
+    gaussians: int = Field(8192, ge=8)
+    epochs: int = Field(30, ge=1)
+    head: Literal["mlp", "factorized"] = "factorized"
+    hidden: int = Field(128, ge=1)
+    layers: int = Field(3, ge=1)
+    lambda_f: float = Field(0.01, ge=0, description="weight of the squared feature offsets")
+    anchor_motion: bool = Field(True, description="ablation: off leaves only the local flex")
+    positional: bool = Field(False, description="ablation: positional encoding of the centres in place of the features")
+
+
+class Analyse(Section):
+    """Latents: axes, states, density, trajectories."""
+
+    states: int = Field(10, ge=1, description="k-means states")
+    trajectories: int = Field(2, ge=0, description="principal components along which a trajectory is made")
+    steps: int = Field(8, ge=2, description="points of a trajectory")
+    umap: bool = True
+
+
+class Assemble(Section):
+    """Volumes of states and trajectories."""
+
+    box: int = Field(0, ge=0, description="pixels of the volumes; 0: the training box")
+
+
+class Config(Section):
+    """The whole run."""
+
+    particles: Path = Field(Path("particles.star"), description=".star, .cs or cryoDRGN stack")
+    poses: Path | None = Field(None, description="cryoDRGN poses.pkl, with a bare stack")
+    ctf: Path | None = Field(None, description="cryoDRGN ctf.pkl, with a bare stack")
+    passthrough: list[Path] = Field([], description="cryoSPARC passthrough .cs files, joined on uid")
+    datadir: Path | None = Field(None, description="folder that image paths are relative to; empty: found from the table")
+    map: Path | None = Field(None, description="consensus map (.mrc) to use instead of back-projecting the particles")
+    truth: Path | None = Field(None, description="folder of known volumes and labels, from `cryospire simulate`; adds the stage evaluate")
+    output: Path = Field(Path("results"), description="folder of every result")
+    seed: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all that are given to it")
+    simulate: Simulate | None = Field(None, description="present only when the particles are to be simulated")
+    preprocess: Preprocess = Preprocess()
+    consensus: Consensus = Consensus()
+    discover: Discover = Discover()
+    parts: Parts = Parts()
+    train: Train = Train()
+    analyse: Analyse = Analyse()
+    assemble: Assemble = Assemble()
+
+
+def load(path: Path) -> Config:
+    """Read and check a YAML file.  Raises InputError naming the file, the key and the value."""
+    try:
+        values: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Config.model_validate(values or {})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']} (value {e['input']!r})" for e in error.errors()]
+        raise InputError(f"{path}: " + "; ".join(lines)) from None
+
+
+def section(values: Section) -> dict[str, Any]:
+    """A section as plain JSON values, as stores and schemas keep it."""
+    return values.model_dump(mode="json")

@@ -1,0 +1,158 @@
+"""Every Zarr v3 store of the pipeline: create, open, validate.
+
+A store is a group whose root attributes tell its story: ``schema`` and ``schema_version``, ``software_version``, ``config``
+(the stage's resolved section), ``seed``, ``inputs`` (name -> path and hash), ``pixel_size`` (Å), ``box`` (pixels) and, set
+last, ``complete``.  Every array carries ``dimension_names``, ``units`` and ``long_name``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import ArrayLike, NDArray
+
+from cryospire import __version__
+from cryospire.conventions import InputError
+
+SCHEMA_VERSION = 1
+SCHEMAS = ("particles", "consensus", "discovery", "parts", "model", "analysis", "volumes")
+ROWS = 4096  # rows of a chunk in arrays that have one row for each particle
+
+
+def create(
+    path: Path,
+    schema: str,
+    *,
+    config: Mapping[str, Any],
+    seed: int,
+    inputs: Mapping[str, Path],
+    pixel_size: float,
+    box: int,
+    force: bool = False,
+) -> zarr.Group:
+    """Start a store of the given schema; what an interrupted run left there is cleared.
+
+    Raises InputError if a complete store (or anything that is not a store) stands there and ``force`` is off.
+    """
+    assert schema in SCHEMAS
+    if path.exists():
+        check_replaceable(path, schema, config=config, force=force)
+        shutil.rmtree(path)
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    group.attrs.update(
+        {
+            "schema": f"cryospire.{schema}",
+            "schema_version": SCHEMA_VERSION,
+            "software_version": __version__,
+            "config": dict(config),
+            "seed": seed,
+            "inputs": {name: {"path": str(p), "hash": fingerprint(p)} for name, p in inputs.items()},
+            "pixel_size": float(pixel_size),
+            "box": int(box),
+            "complete": False,
+        }
+    )
+    return group
+
+
+def check_replaceable(path: Path, schema: str, *, config: Mapping[str, Any], force: bool = False) -> None:
+    """Refuse, before any long work, to overwrite a complete store or a folder that is not ours."""
+    if force or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: exists and is not a Zarr store; remove it or choose another output")
+    if not (path / "zarr.json").exists():
+        # Snakemake removes the declared zarr.json before a rerun; any other folder holds no such subgroups.
+        if all(p.is_dir() and (p / "zarr.json").exists() for p in path.iterdir() if p.name != ".snakemake_timestamp"):
+            return
+        raise InputError(f"{path}: exists and is not a Zarr store; remove it or choose another output")
+    attrs = zarr.open_group(path, mode="r").attrs
+    if attrs.get("schema") != f"cryospire.{schema}":
+        raise InputError(f"{path}: holds schema {attrs.get('schema')!r}, not cryospire.{schema}; choose another output")
+    if attrs.get("complete"):
+        old: Any = attrs.get("config") or {}
+        changed = sorted(k for k in {*old, *config} if old.get(k) != config.get(k))
+        what = f"was made with another config ({', '.join(changed)} differ)" if changed else "is already complete"
+        raise InputError(f"{path}: {what}; pass --force to replace it")
+
+
+def put(
+    group: zarr.Group,
+    name: str,
+    data: ArrayLike,
+    dims: tuple[str, ...],
+    long_name: str,
+    units: str = "",
+    chunks: tuple[int, ...] | None = None,
+    **attributes: Any,
+) -> zarr.Array[Any]:
+    """Write a whole array (``name`` may hold slashes) with its dimensions, meaning and units."""
+    values = np.asarray(data)
+    if chunks is None:
+        chunks = tuple(max(1, min(ROWS, n) if i == 0 else n) for i, n in enumerate(values.shape))
+    array = group.create_array(name, data=values, chunks=chunks or "auto", dimension_names=dims, overwrite=True)
+    array.attrs.update({"long_name": long_name, "units": units, **attributes})
+    return array
+
+
+def finish(group: zarr.Group) -> None:
+    """Declare the store complete: the last thing a stage writes."""
+    group.attrs["complete"] = True
+
+
+def open_store(path: Path, schema: str) -> zarr.Group:
+    """Open a complete store of this schema for reading.
+
+    Raises InputError if it is missing, of another schema or version, or incomplete.
+    """
+    if not (path / "zarr.json").exists():
+        raise InputError(f"{path}: no such store (expected cryospire.{schema})")
+    group = zarr.open_group(path, mode="r")
+    if group.attrs.get("schema") != f"cryospire.{schema}":
+        raise InputError(f"{path}: schema is {group.attrs.get('schema')!r}, expected 'cryospire.{schema}'")
+    if group.attrs.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema version {group.attrs.get('schema_version')} was written by cryospire "
+            f"{group.attrs.get('software_version')}; this is version {SCHEMA_VERSION} of cryospire {__version__}"
+        )
+    if not group.attrs.get("complete"):
+        raise InputError(f"{path}: incomplete; the stage that writes it was interrupted, run it again")
+    return group
+
+
+def read(group: zarr.Group, name: str) -> NDArray[Any]:
+    """A whole array as numpy."""
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return np.asarray(array[...])
+
+
+def join(ids: NDArray[np.int64], other: NDArray[np.int64], what: str) -> NDArray[np.intp]:
+    """Rows of ``other`` in the order of ``ids``.  Raises InputError naming the first rows that are missing."""
+    order = np.argsort(other, kind="stable")
+    place = np.minimum(np.searchsorted(other, ids, sorter=order), len(other) - 1)
+    rows = order[place]
+    missing = np.flatnonzero(other[rows] != ids)
+    if len(missing):
+        shown = ", ".join(f"row {i} (id {ids[i]})" for i in missing[:5])
+        raise InputError(f"{what}: {len(missing)} particle ids have no partner: {shown}")
+    return rows
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of a file or store: size and BLAKE2b of its first and last MiB (a store: of its zarr.json)."""
+    file = path / "zarr.json" if path.is_dir() else path
+    if not file.is_file():
+        return "missing"
+    h = hashlib.blake2b(str(file.stat().st_size).encode(), digest_size=16)
+    with file.open("rb") as f:
+        h.update(f.read(1 << 20))
+        f.seek(max(0, file.stat().st_size - (1 << 20)))
+        h.update(f.read())
+    return h.hexdigest()

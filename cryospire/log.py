@@ -1,0 +1,88 @@
+"""Console messages, progress with time left, and metrics as JSON lines; silent on every rank but the first."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def rank() -> int:
+    """Rank of this process under torchrun, srun or mpiexec; 0 when alone."""
+    for name in ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def say(message: str) -> None:
+    """Print one line on rank 0, at once."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """``75 -> '1:15'``, ``4000 -> '1:06:40'``."""
+    minutes, s = divmod(int(round(seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def memory_gb() -> float:
+    """Peak resident memory of this process, GB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Progress:
+    """Progress of one stage: a line at most every ``every`` seconds, a metrics record at each ``record``.
+
+    ``metrics`` is a JSON-lines file; each record holds ``time`` (Unix, s), ``stage``, ``done``, ``total``,
+    ``memory_gb``, ``host`` and ``job`` beside the caller's numbers.
+    """
+
+    def __init__(self, stage: str, total: int, unit: str = "images", metrics: Path | None = None, every: float = 5.0) -> None:
+        self.stage, self.total, self.unit, self.every = stage, total, unit, every
+        self.done = 0
+        self.start = self.last = time.monotonic()
+        self.resumed = 0
+        self.file: TextIO | None = None
+        if metrics is not None and rank() == 0:
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            self.file = metrics.open("a")
+
+    def skip(self, done: int) -> None:
+        """Count work found already done (a resumed run) without letting it flatter the rate."""
+        self.done = self.resumed = done
+
+    def advance(self, n: int, text: str = "") -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.last >= self.every or self.done >= self.total:
+            self.last = now
+            rate = (self.done - self.resumed) / max(now - self.start, 1e-9)
+            left = duration((self.total - self.done) / rate) if rate > 0 else "?"
+            say(f"{self.stage:<10} {self.done:>9,}/{self.total:,} {self.unit}  {rate:8.1f}/s  left {left:>7}  {text}")
+
+    def record(self, **numbers: Any) -> None:
+        if self.file is not None:
+            base = {
+                "time": time.time(), "stage": self.stage, "done": self.done, "total": self.total,
+                "memory_gb": round(memory_gb(), 3), "host": os.uname().nodename, "job": os.environ.get("SLURM_JOB_ID", ""),
+            }
+            self.file.write(json.dumps(base | numbers) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
