@@ -18,6 +18,43 @@ Output = Annotated[Path, typer.Option("--output", help="what this stage writes",
 Force = Annotated[bool, typer.Option("--force", help="replace a complete output")]
 
 
+@app.command()
+def discover(
+    config: ConfigPath,
+    particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
+    consensus: Annotated[Path, typer.Option(help="consensus.zarr", show_default=False)],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Stage 1: a coarse mixture learns which Gaussians move or vanish together."""
+    from cryospire.stages import discover as stage
+
+    stage.run(configuration.load(config), particles=particles, consensus=consensus, output=output, force=force)
+
+
+@app.command()
+def parts(config: ConfigPath, discovery: Annotated[Path, typer.Option(help="discovery.zarr", show_default=False)], output: Output, force: Force = False) -> None:
+    """Cluster Gaussians into parts and anchors, with the evidence for their number."""
+    from cryospire.stages import parts as stage
+
+    stage.run(configuration.load(config), discovery=discovery, output=output, force=force)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
+    discovery: Annotated[Path, typer.Option(help="discovery.zarr", show_default=False)],
+    parts: Annotated[Path, typer.Option(help="parts.zarr", show_default=False)],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Stage 2: parts move rigidly, Gaussians flex and switch on and off."""
+    from cryospire.stages import train as stage
+
+    stage.run(configuration.load(config), particles=particles, discovery=discovery, parts=parts, output=output, force=force)
+
+
 def main() -> None:
     """Entry point: bad input ends with one line and exit code 2."""
     try:

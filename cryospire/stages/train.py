@@ -1,0 +1,101 @@
+"""Stage 2, the part-aware mixture: anchors move rigidly, Gaussians flex and switch on and off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryospire.config import Config, section
+from cryospire.io import stores
+from cryospire.log import say
+from cryospire.stages import discover
+from cryospire.training import checkpoint
+from cryospire.training.data import Particles
+from cryospire.training.distributed import seed_everything, team
+from cryospire.training.loop import fit, start_threads
+from cryospire.training.model import Mixture, load
+
+WARM_STEPS = 300  # of fitting the heads to what stage 1 knows, without images
+SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
+
+
+def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output: Path, force: bool = False) -> None:
+    """particles.zarr, discovery.zarr, parts.zarr -> model.zarr."""
+    settings = config.train
+    stores.check_replaceable(output, "model", config=section(settings), force=force)
+    data = Particles(stores.open_store(particles, "particles"))
+    found = stores.open_store(discovery, "discovery")
+    division = stores.open_store(parts, "parts")
+    rows = stores.join(data.id, stores.read(found, "id"), f"{discovery} against {particles}")
+    z = torch.from_numpy(stores.read(found, "latents")[rows])
+    start_threads(config.threads)
+    checkpoints = output.parent / "checkpoints" / "train"
+    with team() as ranks:
+        seed_everything(config.seed, 4)
+        coarse = load(discovery)
+        say(f"train: {len(data):,} particles, box {data.box}, {settings.gaussians:,} Gaussians, head {settings.head}, {ranks.size} rank(s)")
+        model, parent = inherit(config, coarse, division, data.box, data.pixel_size)
+        if not (checkpoints / "last.ckpt").exists():
+            warm_start(model, coarse, parent, z, torch.from_numpy(stores.read(division, "reference")))
+        metrics = output.parent / "logs" / "train.metrics.jsonl"
+        latents, history = fit("train", model, z, data, settings, config.seed, ranks, checkpoints, metrics, force)
+        if latents is not None:
+            group = stores.create(
+                output, "model", config=section(settings), seed=config.seed, inputs={"particles": particles, "discovery": discovery, "parts": parts},
+                pixel_size=data.pixel_size, box=data.box, force=force,
+            )  # fmt: skip
+            stores.put(group, "anchors/part", stores.read(division, "anchors/part"), ("anchor",), "part of the anchor")
+            discover.write(group, model, latents, data, history)
+            checkpoint.clear(checkpoints)
+
+
+def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:
+    """The fine mixture at the reference shape, and the coarse parent (G,) of each of its Gaussians.
+
+    A coarse Gaussian is replaced by children in proportion to its mass, spread so that their sum keeps its width.
+    """
+    settings = config.train
+    rng = np.random.default_rng((config.seed, 5))
+    amplitude, scale = (coarse.relative_amplitude * coarse.amplitude_unit).numpy(), coarse.scale.numpy()
+    mass = np.clip(amplitude, 0, None) * scale**3
+    anchor_of = stores.read(division, "anchor")
+    cumulated = np.cumsum(mass)
+    drawn = np.searchsorted(cumulated, (np.arange(settings.gaussians) + rng.random()) / settings.gaussians * cumulated[-1])
+    parent = drawn[np.argsort(anchor_of[drawn], kind="stable")]
+    sizes = np.bincount(anchor_of[parent], minlength=int(anchor_of.max()) + 1)
+
+    children = np.bincount(parent, minlength=len(mass))[parent]
+    child_scale = np.maximum(np.where(children > 1, 0.7, 1.0) * scale[parent], SMALLEST * pixel_size)
+    spread = np.sqrt(np.clip(scale[parent] ** 2 - child_scale**2, 0, None))
+    centre = stores.read(division, "position")[parent] + spread[:, None] * rng.standard_normal((len(parent), 3))
+    child_amplitude = amplitude[parent] * (scale[parent] / child_scale) ** 3 / children
+
+    model = Mixture(settings, coarse.latent, coarse.feature.shape[1], settings.gaussians, box, pixel_size, sizes.tolist())
+    model.place(torch.from_numpy(centre).float(), torch.from_numpy(child_scale).float(), torch.from_numpy(child_amplitude).float())
+    model.anchor_centre.copy_(torch.from_numpy(stores.read(division, "anchors/position")).T / pixel_size)
+    model.anchor_feature.copy_(torch.from_numpy(stores.read(division, "anchors/feature")))
+    return model, torch.from_numpy(parent)
+
+
+def warm_start(model: Mixture, coarse: Mixture, parent: Tensor, z: Tensor, reference: Tensor) -> None:
+    """Fit the heads to the motions and occupancies that stage 1 has found, at random latents of the data; no image is read."""
+    heads = [p for name, p in model.named_parameters() if name.split(".")[0] in ("flex", "occupancy", "anchor_motion")]
+    adam = torch.optim.Adam(heads, lr=2e-3)
+    generator = torch.Generator().manual_seed(6)
+    home = coarse.gaussians(reference[None])[0]
+    for step in range(WARM_STEPS):
+        zb = z[torch.randint(len(z), (16,), generator=generator)]
+        with torch.no_grad():
+            moved = (coarse.gaussians(zb)[0] - home)[:, :, parent] * (coarse.pixel_size / model.pixel_size)
+            present = coarse.occupancies(zb, coarse.features)[:, parent]
+        centre, occupancy = model.gaussians(zb)[0], model.occupancies(zb, model.features)
+        error = (centre - model.centre.detach() - moved).square().sum(1).mean() + 10 * (occupancy - present).square().mean()
+        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / WARM_STEPS)
+        adam.zero_grad()
+        error.backward()
+        adam.step()
+    say(f"train: heads start from stage 1, {float(error.detach()) ** 0.5:.2f} px from its motions")

@@ -1,0 +1,171 @@
+"""Particles for training: a pure plan of every epoch, and a loader that streams it from Zarr shards.
+
+The particles are divided once into ``lanes``, contiguous ranges of rows; a rank owns whole lanes.  A global batch takes the
+same number of rows from every lane, so it holds the same particles whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryospire.io import stores
+from cryospire.maths.ctf import ctf
+
+Rows = NDArray[np.int64]
+
+
+def lane_bounds(particles: int, lanes: int) -> Rows:
+    """Row bounds (lanes + 1,) of nearly equal lanes."""
+    return np.arange(lanes + 1, dtype=np.int64) * particles // lanes
+
+
+def lane_order(start: int, stop: int, block: int, held: int, seed: tuple[int, ...]) -> list[Rows]:
+    """Order of a lane's rows in one epoch, as groups that are read together.
+
+    Blocks of ``block`` consecutive rows are shuffled, taken ``held`` rows at a time, and rows shuffled in each group: reads
+    stay contiguous while a batch mixes rows from all over the lane.
+    """
+    rng = np.random.default_rng(seed)
+    blocks = [np.arange(i, min(i + block, stop), dtype=np.int64) for i in range(start - start % block, stop, block)]
+    blocks = [rows[rows >= start] for rows in blocks]
+    per_group = max(1, held // block)
+    order = rng.permutation(len(blocks))
+    groups = [np.concatenate([blocks[k] for k in order[i : i + per_group]]) for i in range(0, len(order), per_group)]
+    return [rng.permutation(group) for group in groups]
+
+
+def steps_in_epoch(particles: int, lanes: int, batch: int) -> int:
+    """Global steps: the longest lane's rows over its share of a batch, rounded up."""
+    longest = int(np.diff(lane_bounds(particles, lanes)).max())
+    return -(-longest // (batch // lanes))
+
+
+@dataclass(frozen=True)
+class Batch:
+    rows: Rows
+    images: Tensor  # (B, box, box), whitened
+    rotation: Tensor  # (B, 3, 3)
+    shift: Tensor  # (B, 2) Å
+    transfer: Tensor  # (B, box, box // 2 + 1): CTF times whitening
+    share: float  # these images over all images of the global step
+
+
+class Particles:
+    """The store's small columns in memory, its images on disk."""
+
+    def __init__(self, group: Any) -> None:
+        read = {name: stores.read(group, name) for name in ("id", "half_set", "pose/rotation", "pose/shift", "noise/whitening")}
+        self.id, self.half_set = read["id"], read["half_set"]
+        self.rotation, self.shift = torch.from_numpy(read["pose/rotation"]).float(), torch.from_numpy(read["pose/shift"]).float()
+        self.whitening = torch.from_numpy(read["noise/whitening"]).float()
+        self.ctf = {k: torch.from_numpy(stores.read(group, f"ctf/{k}")) for k in ("defocus_u", "defocus_v", "defocus_angle", "phase_shift", "scale")}
+        self.group = torch.from_numpy(stores.read(group, "ctf/group")).long()
+        self.optics = {k: torch.from_numpy(stores.read(group, f"optics/{k}")) for k in ("voltage", "cs", "amplitude_contrast")}
+        self.images = group["images"]
+        self.box, self.pixel_size = int(group.attrs["box"]), float(group.attrs["pixel_size"])
+        self.block = self.images.chunks[0]
+        k = torch.fft.fftfreq(self.box) * self.box
+        kx = torch.arange(self.box // 2 + 1)
+        self.shell = torch.hypot(k[:, None], kx[None].float()).round().long().clamp(max=self.whitening.shape[1] - 1)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def transfer(self, rows: Rows) -> Tensor:
+        """CTF times whitening (B, box, box // 2 + 1) of the given rows."""
+        index = torch.from_numpy(rows)
+        group = self.group[index]
+        c = {k: v[index].float() for k, v in self.ctf.items()}
+        o = {k: v[group].float() for k, v in self.optics.items()}
+        values = ctf(
+            self.box, self.pixel_size, c["defocus_u"], c["defocus_v"], c["defocus_angle"], o["voltage"], o["cs"], o["amplitude_contrast"], c["phase_shift"]
+        )  # fmt: skip
+        return values * c["scale"][:, None, None] * self.whitening[group][:, self.shell]
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Images of rows, block by block as they lie on disk."""
+        out = np.empty((len(rows), self.box, self.box), self.images.dtype)
+        of_block = rows // self.block
+        for b in np.unique(of_block):
+            here = np.flatnonzero(of_block == b)
+            out[here] = self.images[b * self.block : (b + 1) * self.block][rows[here] - b * self.block]
+        return out
+
+
+def batches(data: Particles, lanes: range, all_lanes: int, batch: int, memory_mib: int, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
+    """Batches of one epoch for the rank that owns ``lanes``, from global step ``first`` on."""
+    bounds = lane_bounds(len(data), all_lanes)
+    per_lane = batch // all_lanes
+    image_bytes = data.box**2 * data.images.dtype.itemsize
+    held = max(per_lane, memory_mib * 2**20 // (2 * len(lanes) * image_bytes))  # a group in use and the one read ahead
+    sizes = np.diff(bounds)
+    readers = [_lane_reader(data, int(bounds[k]), int(bounds[k + 1]), held, (seed, epoch, k), per_lane, first) for k in lanes]
+    for step in range(first, steps_in_epoch(len(data), all_lanes, batch)):
+        parts = [next(reader, None) for reader in readers]
+        found = [p for p in parts if p is not None]
+        total = int(np.clip(sizes - step * per_lane, 0, per_lane).sum())
+        rows = np.concatenate([p[0] for p in found]) if found else np.empty(0, np.int64)
+        images = np.concatenate([p[1] for p in found]) if found else np.empty((0, data.box, data.box), np.float32)
+        index = torch.from_numpy(rows)
+        yield Batch(rows, torch.from_numpy(images.astype(np.float32)), data.rotation[index], data.shift[index], data.transfer(rows), len(rows) / total)
+
+
+def _lane_reader(
+    data: Particles, start: int, stop: int, held: int, seed: tuple[int, ...], per_step: int, first: int
+) -> Iterator[tuple[Rows, NDArray[Any]]]:
+    """``per_step`` rows of a lane and their images for each step; groups wholly before ``first`` are not read."""
+    skip = first * per_step
+    rows, images = np.empty(0, np.int64), np.empty((0, data.box, data.box), data.images.dtype)
+    for group in lane_order(start, stop, data.block, held, seed):
+        if skip >= len(group):
+            skip -= len(group)
+            continue
+        # The part of a group that earlier steps used is dropped before reading, so a resumed epoch goes on bit for bit.
+        kept = group[skip:]
+        skip = 0
+        rows, images = np.concatenate([rows, kept]), np.concatenate([images, data.read(kept)])
+        while len(rows) >= per_step:
+            yield rows[:per_step], images[:per_step]
+            rows, images = rows[per_step:], images[per_step:]
+    if len(rows):
+        yield rows, images
+
+
+def prefetch(source: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
+    """Run ``source`` in a thread, ``depth`` batches ahead; its exceptions come out here."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in source:
+                if stop.is_set():
+                    return
+                ready.put(item)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        while thread.is_alive():
+            try:
+                ready.get_nowait()
+            except queue.Empty:
+                thread.join(0.01)

@@ -1,0 +1,111 @@
+"""Processes of one training: alone, under torchrun, or under srun; the only place that knows torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cryospire.conventions import InputError
+
+
+class Team:
+    """The ranks of this training.  ``device`` is this rank's GPU, or the CPU where there is none."""
+
+    def __init__(self) -> None:
+        env = os.environ
+        launched = "MASTER_ADDR" in env and ("RANK" in env or "SLURM_PROCID" in env)
+        self.rank = int(env.get("RANK", env.get("SLURM_PROCID", 0))) if launched else 0
+        self.size = int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", 1))) if launched else 1
+        local = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0))) if launched else 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", local % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(minutes=10))
+
+    def lanes(self, total: int, batch: int) -> range:
+        """The lanes this rank owns.  Raises InputError unless ranks divide lanes, and lanes the batch."""
+        if total % self.size:
+            raise InputError(f"lanes: {total} cannot be divided among {self.size} ranks; set lanes to a multiple of {self.size}")
+        if batch % total:
+            raise InputError(f"batch: {batch} is no multiple of lanes ({total})")
+        each = total // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """DDP around the model: gradients are averaged over ranks, bucketed and overlapped with backward."""
+        if self.size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over ranks, in float64; NaN stays NaN."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, rows: Tensor) -> Tensor | None:
+        """Rows of every rank, in rank order, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return rows
+        counts = [0] * self.size
+        dist.all_gather_object(counts, len(rows))
+        widest = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype)
+        widest[: len(rows)] = rows
+        parts = [torch.empty_like(widest) for _ in counts] if self.rank == 0 else None
+        dist.gather(widest, parts)
+        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]) if parts is not None else None
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def team() -> Iterator[Team]:
+    """The team for the length of a stage.  An exception on one rank ends its process, which ends every collective."""
+    members = Team()
+    try:
+        yield members
+    except BaseException:
+        # Leaving without a goodbye: the others' collectives fail at once instead of waiting for this rank.
+        if members.size > 1:
+            import traceback
+
+            traceback.print_exc()
+            time.sleep(0.5)
+            os._exit(1)
+        raise
+    members.close()
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed torch and numpy from the run's seed and what distinguishes this use of it."""
+    state = np.random.SeedSequence(parts).generate_state(2)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))  # noqa: NPY002 - libraries that draw from the legacy generator

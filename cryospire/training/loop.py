@@ -1,0 +1,171 @@
+"""The training loop of both stages: from a mixture and latents to their maximum a posteriori estimate."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cryospire import kernels
+from cryospire.config import Train, Training, section
+from cryospire.conventions import InputError
+from cryospire.log import Progress, memory_gb, say
+from cryospire.training import checkpoint
+from cryospire.training.data import Particles, batches, lane_bounds, prefetch, steps_in_epoch
+from cryospire.training.distributed import Team
+from cryospire.training.latents import Latents
+from cryospire.training.model import Mixture
+
+AGREE_EVERY = 10  # steps between the ranks' agreement on stopping and on a finite loss
+RESUME = 75  # exit code of a run that saved itself and wants to be started again (EX_TEMPFAIL)
+
+
+class Interrupted(SystemExit):
+    """A signal (SIGTERM, SIGUSR1) asked for an end; the checkpoint is written, the same command goes on from it."""
+
+    def __init__(self) -> None:
+        super().__init__(RESUME)
+
+
+def optimizer(model: Mixture, config: Training) -> torch.optim.Optimizer:
+    """Adam: one learning rate for networks and features, one for the density."""
+    density = [model.centre, model.log_scale, model.relative_amplitude]
+    others = [p for p in model.parameters() if not any(p is d for d in density)]
+    return torch.optim.Adam([{"params": others, "lr": config.lr}, {"params": density, "lr": config.lr_density}])
+
+
+def decay(progress: float) -> float:
+    """Learning-rate factor at a fraction of the run: a short warm-up, then half a cosine down to a twentieth."""
+    return min(1.0, progress / 0.02 + 0.05) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def fit(
+    stage: str, model: Mixture, z: Tensor, data: Particles, config: Training, seed: int, team: Team, folder: Path, metrics: Path, force: bool = False
+) -> tuple[Tensor | None, dict[str, list[float]]]:
+    """Train ``model`` in place.  ``z`` (N, D): first latents of all particles.
+
+    Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch.  Resumes from the
+    checkpoint in ``folder`` if one of this run is there.
+    """
+    lanes = team.lanes(config.lanes, config.batch)
+    bounds = lane_bounds(len(data), config.lanes)
+    start, stop = int(bounds[lanes.start]), int(bounds[lanes.stop])
+    latents = Latents(z[start:stop].clone(), start)
+    model.to(team.device)
+    likelihood = team.wrap(model)
+    adam = optimizer(model, config)
+    base_rates = [g["lr"] for g in adam.param_groups]
+    per_epoch = steps_in_epoch(len(data), config.lanes, config.batch)
+    history: dict[str, list[float]] = {k: [] for k in ("epoch", "loss", "latent_sd", "learning_rate", "images_per_second", "memory_gb")}
+    identity = {"stage": stage, "config": _identity(config), "seed": seed, "particles": len(data), "first_id": int(data.id[0]), "last_id": int(data.id[-1])}
+
+    first_epoch = first_step = 0
+    running = 0.0
+    if team.rank == 0 and force:
+        checkpoint.clear(folder)
+    saved = team.broadcast(checkpoint.load(folder, identity) if team.rank == 0 else None)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        adam.load_state_dict(saved["adam"])
+        latents.restore(saved["latents"][start:stop])
+        first_epoch, first_step, running, history = saved["epoch"], saved["step"], saved["running"], saved["history"]
+        say(f"{stage}: resumed at epoch {first_epoch + 1}, step {first_step} of {per_epoch}")
+
+    def keep(epoch: int, step: int) -> None:
+        columns = team.gather(latents.columns())
+        total = team.sum(running)[0] if step else 0.0
+        if columns is not None:
+            state = {"model": model.state_dict(), "adam": adam.state_dict(), "latents": columns, "epoch": epoch, "step": step, "history": history}
+            checkpoint.save(folder, state | {"identity": identity, "running": total})
+
+    wish = _signals()
+    kept = time.monotonic()
+    with Progress(stage, config.epochs * len(data), metrics=metrics) as progress:
+        progress.skip(first_epoch * len(data) + min(first_step * config.batch, len(data)))
+        for epoch in range(first_epoch, config.epochs):
+            began = time.monotonic()
+            source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)
+            for step, batch in enumerate(prefetch(source), first_step):
+                factor = decay((epoch * per_epoch + step) / (config.epochs * per_epoch))
+                for group, rate in zip(adam.param_groups, base_rates, strict=True):
+                    group["lr"] = rate * factor
+                zb = latents.take(batch.rows)
+                on = [t.to(team.device, non_blocking=True) for t in (zb, batch.rotation, batch.shift, batch.transfer, batch.images)]
+                energy = likelihood(*on)
+                posterior = energy.sum() + config.lambda_z / 2 * on[0].square().sum()
+                # DDP averages over ranks; the share makes that the mean over the global batch.
+                count = max(1, len(batch.rows))
+                loss = posterior * (batch.share * team.size / count) + prior(model, config)
+                adam.zero_grad(set_to_none=True)
+                loss.backward()
+                adam.step()
+                if len(batch.rows) and zb.grad is not None:
+                    latents.step(batch.rows, zb.grad * (count / (batch.share * team.size)), config.lr_z * factor)
+                running += float(posterior.detach())
+                progress.advance(int(round(len(batch.rows) / batch.share)), f"epoch {epoch + 1}/{config.epochs}")
+                if (step + 1) % AGREE_EVERY == 0:
+                    total, stops, overdue = team.sum(running, wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
+                    if not math.isfinite(total):
+                        raise InputError(f"{stage}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; lower lr or look for damaged images")
+                    if stops or overdue:
+                        keep(epoch, step + 1)
+                        running = running if team.rank == 0 else 0.0
+                        kept = time.monotonic()
+                    if stops:
+                        say(f"{stage}: stopped by a signal; saved at epoch {epoch + 1}, step {step + 1}: run the same command to go on")
+                        raise Interrupted
+            spread = team.sum(float(latents.z.square().sum()))[0]
+            total = team.sum(running)[0]
+            if not math.isfinite(total):
+                raise InputError(f"{stage}: the loss is not finite in epoch {epoch + 1}; lower lr or look for damaged images")
+            numbers = {
+                "epoch": epoch + 1, "loss": total / len(data), "latent_sd": math.sqrt(spread / z.numel()), "learning_rate": config.lr * factor,
+                "images_per_second": len(data) * (1 - first_step / per_epoch) / (time.monotonic() - began), "memory_gb": memory_gb(),
+            }  # fmt: skip
+            for name, value in numbers.items():
+                history[name].append(value)
+            progress.record(**numbers)
+            say(f"{stage}: epoch {epoch + 1}/{config.epochs}  loss {numbers['loss']:.3f}  latent sd {numbers['latent_sd']:.3f}")
+            first_step, running = 0, 0.0
+            if epoch + 1 < config.epochs:
+                keep(epoch + 1, 0)
+                kept = time.monotonic()
+                if team.sum(wish())[0]:
+                    say(f"{stage}: stopped by a signal; saved after epoch {epoch + 1}: run the same command to go on")
+                    raise Interrupted
+    columns = team.gather(latents.columns())
+    model.to("cpu")
+    return (columns[:, : z.shape[1]] if columns is not None else None), history
+
+
+def prior(model: Mixture, config: Training) -> Tensor:
+    """``lambda_f sum |df|^2`` of stage 2 (method, loss); zero in stage 1."""
+    if isinstance(config, Train):
+        return config.lambda_f * model.feature.square().sum()
+    return model.feature.new_zeros(())
+
+
+def _identity(config: Training) -> dict[str, Any]:
+    """What of the config a checkpoint must share: all but how often it is written and how much memory reading may take."""
+    return {k: v for k, v in section(config).items() if k != "checkpoint_minutes"}
+
+
+def _signals() -> Callable[[], bool]:
+    """Catch SIGTERM and SIGUSR1; the returned function tells whether one has come."""
+    came: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda n, frame: came.append(n))
+    return lambda: bool(came)
+
+
+def start_threads(threads: int) -> None:
+    """CPU threads of this rank: as configured, or every CPU this process may run on."""
+    import os
+
+    kernels.set_threads(threads or len(os.sched_getaffinity(0)))

@@ -1,0 +1,173 @@
+"""The mixture: Gaussians whose centres and amplitudes follow a latent, with or without anchors (method, stages 1 and 2)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cryospire import kernels
+from cryospire.config import Train, Training
+from cryospire.io import stores
+from cryospire.maths.losses import residual_energy
+from cryospire.maths.poses import exp_so3
+from cryospire.maths.projection import peak_weight
+from cryospire.training.heads import head, mlp
+
+OCCUPANCY_BIAS = 2.0  # occupancies start at sigmoid(2) = 0.88: present, and free to vanish
+FOURIER_BANDS = 4  # octaves of the positional encoding (ablation)
+
+
+class Mixture(nn.Module):
+    """``V(p | z) = sum_i m_i(z) exp(-|p - c_i(z)|^2 / 2 s_i^2)``; lengths in Å.
+
+    Without anchors (stage 1): ``c_i(z) = c_i + MLP([z, f_i])``.  With anchors (stage 2): Gaussians come sorted by anchor,
+    ``c_i(z) = c̄_a + t_a + R_a (c_i - c̄_a) + MLP([z, f_i])`` and ``f_i = f̄_a + df_i``.  ``m_i(z) = m_i sigmoid(MLP([z, f_i]))``.
+    """
+
+    def __init__(
+        self, config: Training, latent: int, features: int, gaussians: int, box: int, pixel_size: float, anchor_sizes: list[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.latent, self.box, self.pixel_size = config, latent, box, pixel_size
+        self.anchor_sizes = anchor_sizes or []
+        self.unit = box * pixel_size / 16  # Å; the length in which heads express displacements
+        # Density parameters are of order one in units of a pixel (centres) or relative (the rest): one learning rate fits all.
+        self.centre = nn.Parameter(torch.zeros(3, gaussians))  # pixels
+        self.log_scale = nn.Parameter(torch.zeros(gaussians))
+        self.relative_amplitude = nn.Parameter(torch.ones(gaussians))
+        self.amplitude_unit: Tensor
+        self.register_buffer("amplitude_unit", torch.ones(()))
+        self.feature = nn.Parameter(torch.zeros(gaussians, features))  # stage 2: the offsets df
+        self.positional = isinstance(config, Train) and config.positional
+        inputs = 6 * FOURIER_BANDS if self.positional else features
+        sizes: dict[str, Any] = {"kind": config.head, "latent": latent, "features": inputs, "hidden": config.hidden, "layers": config.layers, "rank": config.rank}
+        self.flex = head(outputs=3, **sizes)
+        self.occupancy = head(outputs=1, **sizes)
+        self.anchor_motion: nn.Module | None = None
+        self.anchor_centre: Tensor
+        self.anchor_feature: Tensor
+        self.register_buffer("anchor_centre", torch.zeros(3, len(self.anchor_sizes)))  # pixels
+        self.register_buffer("anchor_feature", torch.zeros(len(self.anchor_sizes), features))
+        if isinstance(config, Train) and config.anchor_motion:
+            self.anchor_motion = mlp(latent + features, config.hidden, config.layers, 6)
+
+    @property
+    def anchor(self) -> Tensor:
+        """Anchor (G,) of each Gaussian."""
+        return torch.repeat_interleave(torch.arange(len(self.anchor_sizes)), torch.tensor(self.anchor_sizes, dtype=torch.long))
+
+    @property
+    def scale(self) -> Tensor:
+        """Scales (G,), Å; kept between 0.35 pixel, where sampling at pixel centres still holds, and an eighth of the box."""
+        return self.log_scale.exp().clamp(0.35, self.box / 8) * self.pixel_size
+
+    @property
+    def features(self) -> Tensor:
+        """What the heads see of each Gaussian (G, E)."""
+        if self.positional:
+            bands = math.pi * 2.0 ** torch.arange(FOURIER_BANDS, device=self.centre.device)
+            phase = (self.centre.T[:, :, None] * (2 / self.box) * bands).flatten(1)
+            return torch.cat([phase.sin(), phase.cos()], 1)
+        if self.anchor_sizes:
+            return self.anchor_feature[self.anchor.to(self.feature.device)] + self.feature
+        return self.feature
+
+    def anchor_pose(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Rigid motion of each anchor: rotations (B, A, 3, 3) and translations (B, A, 3) in pixels."""
+        assert self.anchor_motion is not None
+        pairs = torch.cat([z[:, None].expand(-1, len(self.anchor_sizes), -1), self.anchor_feature[None].expand(len(z), -1, -1)], -1)
+        motion = self.anchor_motion(pairs)
+        return exp_so3(motion[..., :3]), motion[..., 3:] * (self.unit / self.pixel_size)
+
+    def rigid(self, z: Tensor) -> Tensor:
+        """Centres (B, 3, G) in pixels after the anchors' motion, before the local flex."""
+        if self.anchor_motion is None:
+            return self.centre[None]
+        rotation, translation = self.anchor_pose(z)
+        target = self.anchor_centre.T + translation
+        blocks = torch.split(self.centre, self.anchor_sizes, 1)
+        moved = [
+            rotation[:, a] @ (block - self.anchor_centre[:, a : a + 1]) + target[:, a, :, None] for a, block in enumerate(blocks)
+        ]
+        return torch.cat(moved, 2)
+
+    def gaussians(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres (B, 3, G) in pixels and amplitudes (B, G) for latents (B, D)."""
+        f = self.features
+        centre = self.rigid(z) + self.flex(z, f) * (self.unit / self.pixel_size)
+        return centre, self.occupancies(z, f) * (self.relative_amplitude * self.amplitude_unit)
+
+    @torch.no_grad()
+    def forward_gaussians(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Centres (B, G, 3) Å, amplitudes (B, G) and scales (G) Å: what renders a volume."""
+        centre, amplitude = self.gaussians(z)
+        return (centre * self.pixel_size).transpose(1, 2), amplitude, self.scale
+
+    def occupancies(self, z: Tensor, features: Tensor) -> Tensor:
+        """Occupancies (B, G) in (0, 1)."""
+        return torch.sigmoid(self.occupancy(z, features)[:, 0] + OCCUPANCY_BIAS)
+
+    def project(self, z: Tensor, rotation: Tensor, shift: Tensor) -> Tensor:
+        """Projections (B, box, box) at poses ``rotation`` (B, 3, 3) and ``shift`` (B, 2) Å."""
+        centre, amplitude = self.gaussians(z)
+        xy = rotation[:, :2] @ centre + shift[:, :, None] / self.pixel_size
+        scale = self.scale
+        return kernels.splat(xy, peak_weight(amplitude, scale), scale / self.pixel_size, self.box, self.config.cutoff)
+
+    def forward(self, z: Tensor, rotation: Tensor, shift: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
+        """Negative log-likelihood (B,) of whitened images under unit noise, up to a constant."""
+        return residual_energy(self.project(z, rotation, shift), transfer, images)
+
+    def place(self, centre: Tensor, scale: Tensor, amplitude: Tensor) -> None:
+        """Set the density from centres (G, 3) Å, scales (G) Å and amplitudes (G)."""
+        with torch.no_grad():
+            self.centre.copy_(centre.T / self.pixel_size)
+            self.log_scale.copy_((scale / self.pixel_size).log())
+            self.amplitude_unit.copy_(amplitude.abs().mean())
+            self.relative_amplitude.copy_(amplitude / self.amplitude_unit)
+
+
+def save(group: Any, model: Mixture) -> None:
+    """Write the mixture into a store: its Gaussians for people, its networks and shape for ``load``."""
+    scale, pixel = model.scale.detach(), model.pixel_size
+    stores.put(group, "gaussians/centre", (model.centre.detach().T * pixel).numpy(), ("gaussian", "xyz"), "centre at zero motion", "Å")
+    stores.put(group, "gaussians/scale", scale.numpy(), ("gaussian",), "standard deviation", "Å")
+    amplitude = (model.relative_amplitude * model.amplitude_unit).detach().numpy()
+    stores.put(group, "gaussians/amplitude", amplitude, ("gaussian",), "peak density at full occupancy", "image unit / Å")
+    stores.put(group, "gaussians/feature", model.features.detach().numpy(), ("gaussian", "feature"), "learned feature")
+    if model.anchor_sizes:
+        stores.put(group, "gaussians/anchor", model.anchor.numpy(), ("gaussian",), "anchor that carries the Gaussian")
+        stores.put(group, "anchors/position", (model.anchor_centre.T * pixel).numpy(), ("anchor", "xyz"), "position of the anchor", "Å")
+        stores.put(group, "anchors/feature", model.anchor_feature.numpy(), ("anchor", "feature"), "feature of the anchor")
+    for name, value in model.state_dict().items():
+        stores.put(group, f"networks/{name}", value.cpu().numpy(), tuple(f"dim_{k}" for k in range(value.ndim)), f"parameter {name}")
+    group.attrs["mixture"] = {
+        "kind": type(model.config).__name__, "latent": model.latent, "features": model.feature.shape[1], "gaussians": model.centre.shape[1],
+        "anchor_sizes": model.anchor_sizes,
+    }  # fmt: skip
+
+
+def load(path: Path) -> Mixture:
+    """The trained mixture of ``discovery.zarr`` or ``model.zarr``, ready to evaluate.  Raises InputError for other stores."""
+    from cryospire.config import Discover
+
+    kind = "model" if (path / "anchors").exists() else "discovery"
+    group = stores.open_store(path, kind)
+    shape: Any = group.attrs["mixture"]
+    section: Any = group.attrs["config"]
+    config = Train.model_validate(section) if shape["kind"] == "Train" else Discover.model_validate(section)
+    box, pixel_size = int(str(group.attrs["box"])), float(str(group.attrs["pixel_size"]))
+    model = Mixture(config, shape["latent"], shape["features"], shape["gaussians"], box, pixel_size, shape["anchor_sizes"])
+    state: dict[str, Tensor] = {name: torch.as_tensor(_value(group, f"networks/{name}")) for name in model.state_dict()}
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def _value(group: Any, name: str) -> NDArray[Any]:
+    return np.ascontiguousarray(stores.read(group, name))
