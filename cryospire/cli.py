@@ -55,6 +55,19 @@ def train(
     stage.run(configuration.load(config), particles=particles, discovery=discovery, parts=parts, output=output, force=force)
 
 
+@app.command()
+def analyse(
+    config: ConfigPath,
+    model: Annotated[Path, typer.Option(help="model.zarr", show_default=False)],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Latents only: principal axes, UMAP, states, density, trajectories."""
+    from cryospire.stages import analyse as stage
+
+    stage.run(configuration.load(config), model=model, output=output, force=force)
+
+
 def main() -> None:
     """Entry point: bad input ends with one line and exit code 2."""
     try:
