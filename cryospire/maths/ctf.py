@@ -1,0 +1,68 @@
+"""The contrast transfer function, RELION's sign: ``+amplitude_contrast`` at zero frequency.
+
+``CTF(s) = sin(gamma(s) + asin(amplitude_contrast))``, ``gamma = pi lambda df s^2 - pi/2 Cs lambda^3 s^4 + phase_shift``,
+``df = (U + V + (U - V) cos 2(theta - angle)) / 2``, theta from +x towards +y.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def wavelength(voltage: Tensor) -> Tensor:
+    """Relativistic electron wavelength, Å, of a voltage in kV."""
+    volts = voltage * 1e3
+    return 12.2643 / (volts + 0.978466e-6 * volts**2).sqrt()
+
+
+def frequencies(box: int, pixel_size: float, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Spatial frequencies (1/Å) of the half plane: sx (1, box // 2 + 1) and sy (box, 1)."""
+    sx = torch.fft.rfftfreq(box, pixel_size, dtype=dtype, device=device)
+    sy = torch.fft.fftfreq(box, pixel_size, dtype=dtype, device=device)
+    return sx[None], sy[:, None]
+
+
+def ctf(
+    box: int,
+    pixel_size: float,
+    defocus_u: Tensor,
+    defocus_v: Tensor,
+    defocus_angle: Tensor,
+    voltage: Tensor,
+    cs: Tensor,
+    amplitude_contrast: Tensor,
+    phase_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """CTFs (n, box, box // 2 + 1), real, in ``rfft2`` layout; every argument (n,): Å, Å, degrees, kV, mm, 1, degrees, 1."""
+
+    def column(x: Tensor) -> Tensor:
+        return x.to(defocus_u.dtype).reshape(-1, 1, 1)
+
+    sx, sy = frequencies(box, pixel_size, defocus_u.dtype, defocus_u.device)
+    s2 = sx**2 + sy**2
+    length = column(wavelength(voltage))
+    angle = torch.deg2rad(column(defocus_angle))
+    # s^2 cos 2(theta - angle) from the double-angle formulas: no arctangent, and smooth at s = 0.
+    s2_cos = (sx**2 - sy**2) * torch.cos(2 * angle) + 2 * sx * sy * torch.sin(2 * angle)
+    u, v = column(defocus_u), column(defocus_v)
+    gamma = math.pi * length * ((u + v) * s2 + (u - v) * s2_cos) / 2 - math.pi / 2 * column(cs) * 1e7 * length**3 * s2**2
+    gamma = gamma + torch.asin(column(amplitude_contrast))
+    if phase_shift is not None:
+        gamma = gamma + torch.deg2rad(column(phase_shift))
+    values = torch.sin(gamma)
+    return values if scale is None else values * column(scale)
+
+
+def beam_tilt_phase(box: int, pixel_size: float, tilt: Tensor, voltage: Tensor, cs: Tensor) -> Tensor:
+    """Phase (n, box, box // 2 + 1), radians, that a beam tilt (n, 2; x, y in mrad) adds to images; RELION's sign and formula.
+
+    An image is corrected by multiplying its transform by ``exp(-i phase)``.
+    """
+    sx, sy = frequencies(box, pixel_size, tilt.dtype, tilt.device)
+    factor = 2e-3 * math.pi * (cs.to(tilt.dtype) * 1e7) * wavelength(voltage.to(tilt.dtype)) ** 2
+    along = sx * tilt[:, 0, None, None] + sy * tilt[:, 1, None, None]
+    return factor.reshape(-1, 1, 1) * (sx**2 + sy**2) * along

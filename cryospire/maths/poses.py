@@ -1,0 +1,65 @@
+"""Rotations.  A pose matrix R maps model coordinates (x, y, z) into the view: ``x_view = R x_model``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _axis(angle: Tensor, axis: str) -> Tensor:
+    """Active rotations (..., 3, 3) by ``angle`` (...), radians, about the y or z axis."""
+    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    rows = {
+        "y": (c, zero, s, zero, one, zero, -s, zero, c),
+        "z": (c, -s, zero, s, c, zero, zero, zero, one),
+    }
+    return torch.stack(rows[axis], -1).reshape(*angle.shape, 3, 3)
+
+
+def euler_to_matrix(rot: Tensor, tilt: Tensor, psi: Tensor) -> Tensor:
+    """RELION's matrix A (..., 3, 3) of ``rlnAngleRot``, ``rlnAngleTilt``, ``rlnAnglePsi`` (...), degrees: ``x_view = A x_model``.
+
+    ``A = Z(-psi) Y(-tilt) Z(-rot)``: the transpose of scipy's ``from_euler("ZYZ", [rot, tilt, psi])``.
+    """
+    rot, tilt, psi = (torch.deg2rad(a) for a in (rot, tilt, psi))
+    return _axis(-psi, "z") @ _axis(-tilt, "y") @ _axis(-rot, "z")
+
+
+def matrix_to_euler(rotation: Tensor) -> Tensor:
+    """Inverse of ``euler_to_matrix``: (..., 3) rot, tilt, psi in degrees, tilt in [0, 180]; psi = 0 where tilt is 0 or 180."""
+    r = rotation
+    tilt = torch.atan2(torch.hypot(r[..., 2, 0], r[..., 2, 1]), r[..., 2, 2])
+    pole = torch.hypot(r[..., 2, 0], r[..., 2, 1]) < 1e-6
+    rot = torch.where(pole, torch.atan2(-r[..., 1, 0], r[..., 1, 1]), torch.atan2(r[..., 2, 1], r[..., 2, 0]))
+    psi = torch.where(pole, torch.zeros_like(rot), torch.atan2(r[..., 1, 2], -r[..., 0, 2]))
+    return torch.rad2deg(torch.stack([rot, tilt, psi], -1))
+
+
+def exp_so3(v: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) by angle |v| (radians) about axis v (..., 3); Rodrigues' formula, differentiable at 0 as well."""
+    angle2 = (v * v).sum(-1)[..., None, None]
+    small = angle2 < 1e-4
+    angle = torch.where(small, torch.ones_like(angle2), angle2).sqrt()
+    a = torch.where(small, 1 - angle2 / 6 + angle2**2 / 120, angle.sin() / angle)
+    b = torch.where(small, 0.5 - angle2 / 24 + angle2**2 / 720, (1 - angle.cos()) / angle**2)
+    x, y, z = v.unbind(-1)
+    zero = torch.zeros_like(x)
+    k = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*v.shape[:-1], 3, 3)
+    return torch.eye(3, dtype=v.dtype, device=v.device) + a * k + b * (k @ k)
+
+
+def rotvec_to_matrix(v: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) of rotation vectors (..., 3), radians.  cryoSPARC's pose is the transpose of this."""
+    return exp_so3(v)
+
+
+def random_rotations(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Rotations (n, 3, 3), float64, uniform over SO(3): normalised Gaussian quaternions."""
+    q = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    w, x, y, z = (q / q.norm(dim=1, keepdim=True)).unbind(1)
+    rows = (
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    )  # fmt: skip
+    return torch.stack(rows, 1).reshape(n, 3, 3)

@@ -1,0 +1,53 @@
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+
+from cryospire.maths.poses import euler_to_matrix, exp_so3, matrix_to_euler, random_rotations, rotvec_to_matrix
+
+
+def angles(n: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    return (torch.rand(n, 3, generator=g, dtype=torch.float64) * 2 - 1) * torch.tensor([180.0, 180.0, 180.0], dtype=torch.float64)
+
+
+def test_euler_is_scipys_zyz_transposed():
+    a = angles(50)
+    expected = Rotation.from_euler("ZYZ", a.numpy(), degrees=True).as_matrix().transpose(0, 2, 1)
+    assert np.allclose(euler_to_matrix(*a.T), expected, atol=1e-12)
+
+
+def test_tilt_turns_the_views_axis_as_relion_says():
+    # RELION: the view's z axis in the model is (sin tilt cos rot, sin tilt sin rot, cos tilt), the last row of A.
+    row = euler_to_matrix(*(torch.tensor([x], dtype=torch.float64) for x in (30.0, 40.0, 75.0)))[0, 2]
+    t, r = np.deg2rad(40), np.deg2rad(30)
+    assert np.allclose(row, [np.sin(t) * np.cos(r), np.sin(t) * np.sin(r), np.cos(t)])
+
+
+def test_euler_round_trip_through_the_matrix_also_at_the_poles():
+    a = torch.cat([angles(50), torch.tensor([[20.0, 0.0, 30.0], [20.0, 180.0, 30.0], [0.0, 0.0, 0.0]], dtype=torch.float64)])
+    m = euler_to_matrix(*a.T)
+    assert torch.allclose(euler_to_matrix(*matrix_to_euler(m).T), m, atol=1e-9)
+
+
+def test_rotation_vectors_match_scipy_from_zero_to_beyond_pi():
+    g = torch.Generator().manual_seed(2)
+    axis = torch.randn(40, 3, generator=g, dtype=torch.float64)
+    angle = torch.cat([torch.zeros(2), torch.logspace(-8, np.log10(6), 38)]).double()
+    v = axis / axis.norm(dim=1, keepdim=True) * angle[:, None]
+    assert np.allclose(rotvec_to_matrix(v), Rotation.from_rotvec(v.numpy()).as_matrix(), atol=1e-12)
+    assert np.allclose(exp_so3(v.float()), Rotation.from_rotvec(v.numpy()).as_matrix(), atol=1e-6)
+
+
+def test_exp_so3_has_the_right_gradient_at_zero_and_elsewhere():
+    v = torch.tensor([[0.0, 0.0, 0.0], [1e-5, 0.0, 2e-5], [0.009, 0.003, 0.0], [1.0, -2.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(exp_so3, v)
+
+
+def test_random_rotations_are_rotations_spread_evenly():
+    r = random_rotations(4000, torch.Generator().manual_seed(3))
+    assert torch.allclose(r @ r.transpose(1, 2), torch.eye(3, dtype=torch.float64).expand_as(r), atol=1e-12)
+    assert torch.allclose(torch.linalg.det(r), torch.ones(4000, dtype=torch.float64))
+    # Under the uniform measure E[R] = 0 and the angle's density is (1 - cos w) / pi: E[trace] = 0, E[w] = pi / 2 + 2 / pi.
+    assert r.mean(0).abs().max() < 4 / np.sqrt(3 * 4000)
+    w = torch.arccos(((r.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1))
+    assert abs(w.mean() - (np.pi / 2 + 2 / np.pi)) < 0.04
