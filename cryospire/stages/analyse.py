@@ -118,7 +118,7 @@ def between(start: int, stop: int, latents: Array, steps: int, rng: np.random.Ge
     rows = np.repeat(np.arange(len(nodes)), hops)
     # Squared lengths favour many short hops; a tiny floor keeps an edge between particles with the same latent.
     graph: Any = csr_matrix((length[:, 1:].ravel() ** 2 + 1e-12, (rows, to[:, 1:].ravel())), shape=(len(nodes), len(nodes)))
-    total, before = dijkstra(graph, False, 0, True)
+    total, before = dijkstra(graph, directed=False, indices=np.zeros((), int), return_predecessors=True)
     if not np.isfinite(total[1]):
         return into_data(np.linspace(latents[start], latents[stop], steps), latents)
     path = [1]
