@@ -68,6 +68,20 @@ def analyse(
     stage.run(configuration.load(config), model=model, output=output, force=force)
 
 
+@app.command()
+def assemble(
+    config: ConfigPath,
+    model: Annotated[Path, typer.Option(help="model.zarr", show_default=False)],
+    analysis: Annotated[Path, typer.Option(help="analysis.zarr", show_default=False)],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Volumes of states and trajectories, over any number of MPI ranks, and files for ChimeraX, RELION and 3DFlex."""
+    from cryospire.stages import assemble as stage
+
+    stage.run(configuration.load(config), model=model, analysis=analysis, output=output, force=force)
+
+
 def main() -> None:
     """Entry point: bad input ends with one line and exit code 2."""
     try:

@@ -126,6 +126,21 @@ def open_store(path: Path, schema: str) -> zarr.Group:
     return group
 
 
+def open_partial(path: Path) -> zarr.Group:
+    """Open any store for looking at, complete or not.  Raises InputError if there is none or it is not ours."""
+    if not (path / "zarr.json").exists():
+        raise InputError(f"{path}: no such store")
+    group = zarr.open_group(path, mode="r")
+    if not str(group.attrs.get("schema", "")).startswith("cryospire."):
+        raise InputError(f"{path}: schema is {group.attrs.get('schema')!r}, not one of cryospire's")
+    return group
+
+
+def writable(path: Path) -> zarr.Group:
+    """A store that another process has begun, for writing whole chunks (shards) of its arrays: one owner a chunk."""
+    return zarr.open_group(path, mode="r+")
+
+
 def read(group: zarr.Group, name: str) -> NDArray[Any]:
     """A whole array as numpy."""
     array = group[name]
