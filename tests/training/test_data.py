@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryospire.io import stores
+from cryospire.training.data import Particles, batches, lane_order, prefetch, steps_in_epoch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 500), st.integers(1, 300), st.integers(1, 40), st.integers(1, 200))
+def test_a_lane_visits_every_row_once(start: int, length: int, block: int, held: int) -> None:
+    rows = np.concatenate(lane_order(start, start + length, block, held, (0, 1, 2)))
+    assert np.array_equal(np.sort(rows), np.arange(start, start + length))
+
+
+@pytest.fixture(scope="module")
+def data(particles: Path) -> Particles:
+    return Particles(stores.open_store(particles, "particles"))
+
+
+def epoch(data: Particles, lanes: range, first: int = 0, memory_mib: int = 16) -> list[np.ndarray]:
+    return [b.rows for b in batches(data, lanes, 4, 12, memory_mib, seed=3, epoch=1, first=first)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_global_batches_do_not_depend_on_ranks(data: Particles, ranks: int) -> None:
+    alone = epoch(data, range(4))
+    each = 4 // ranks
+    together = zip(*[epoch(data, range(r * each, (r + 1) * each)) for r in range(ranks)], strict=True)
+    assert len(alone) == steps_in_epoch(len(data), 4, 12)
+    for one, parts in zip(alone, together, strict=True):
+        assert np.array_equal(np.sort(one), np.sort(np.concatenate(parts)))
+    assert np.array_equal(np.sort(np.concatenate(alone)), np.arange(len(data)))
+
+
+@pytest.mark.parametrize("first", [1, 5, 9, 16])
+def test_a_resumed_epoch_goes_on_with_the_same_batches(data: Particles, first: int) -> None:
+    for whole, rest in zip(epoch(data, range(4))[first:], epoch(data, range(4), first), strict=True):
+        assert np.array_equal(whole, rest)
+
+
+def test_images_belong_to_their_rows(data: Particles) -> None:
+    stored = data.images[...]
+    for batch in prefetch(batches(data, range(4), 4, 12, 16, seed=0, epoch=0)):
+        assert np.array_equal(batch.images.numpy(), stored[batch.rows])
+        assert batch.transfer.shape == (len(batch.rows), 16, 9)
+
+
+def test_shares_of_ranks_sum_to_one(data: Particles) -> None:
+    shares = [[b.share for b in batches(data, lanes, 4, 12, 16, 0, 0)] for lanes in (range(2), range(2, 4))]
+    np.testing.assert_allclose(np.sum(shares, 0), 1)
+
+
+def test_an_error_while_reading_reaches_the_loop() -> None:
+    def broken():  # type: ignore[no-untyped-def]
+        raise OSError("disk went away")
+        yield
+
+    with pytest.raises(OSError, match="disk went away"):
+        list(prefetch(broken()))

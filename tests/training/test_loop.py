@@ -1,0 +1,125 @@
+"""The loop: latents' Adam against torch's, resuming bit for bit, ranks against one process, damaged checkpoints."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cryospire.config import Discover
+from cryospire.conventions import InputError
+from cryospire.io import stores
+from cryospire.training import checkpoint
+from cryospire.training.data import Particles
+from cryospire.training.distributed import seed_everything, team
+from cryospire.training.latents import Latents
+from cryospire.training.loop import Interrupted, fit
+from cryospire.training.model import Mixture
+
+SETTINGS = {"gaussians": 24, "epochs": 4, "batch": 16, "lanes": 4, "latent": 2, "features": 4, "hidden": 8}
+
+
+def train(store: Path, folder: Path, **changes: object) -> tuple[torch.Tensor | None, Mixture, dict[str, list[float]]]:
+    config = Discover.model_validate(SETTINGS | changes)
+    data = Particles(stores.open_store(store, "particles"))
+    seed_everything(5)
+    model = Mixture(config, 2, 4, 24, data.box, data.pixel_size)
+    model.place(12 * torch.randn(24, 3), torch.full((24,), 5.0), torch.full((24,), 0.01))
+    torch.nn.init.normal_(model.feature, std=0.1)
+    with team() as ranks:
+        z, history = fit("test", model, 0.1 * torch.randn(len(data), 2), data, config, 1, ranks, folder / "checkpoints", folder / "metrics.jsonl")
+    return z, model, history
+
+
+def test_latent_adam_is_adam_when_every_row_is_met() -> None:
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 3, generator=g)
+    mine, theirs = Latents(start.clone(), 10), start.clone().requires_grad_()
+    adam = torch.optim.Adam([theirs], lr=0.05, eps=1e-12)
+    for _ in range(20):
+        grad = torch.randn(6, 3, generator=g)
+        theirs.grad = grad.clone()
+        adam.step()
+        mine.step(np.arange(10, 16), grad, 0.05)
+    torch.testing.assert_close(mine.z, theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_is_untouched_by_batches_without_it() -> None:
+    table = Latents(torch.zeros(5, 2), 0)
+    table.step(np.array([1, 3]), torch.ones(2, 2), 0.1)
+    assert torch.equal(table.z[[0, 2, 4]], torch.zeros(3, 2)) and (table.z[[1, 3]] < 0).all()
+
+
+def test_the_loss_falls_below_a_still_mixture(particles: Path, tmp_path: Path) -> None:
+    _, _, history = train(particles, tmp_path, epochs=12)
+    assert history["loss"][-1] < history["loss"][0] - 0.5
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: Path) -> None:
+    z, model, history = train(particles, tmp_path / "whole")
+    timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    interruptions = 0
+    while True:
+        try:
+            again, model_again, history_again = train(particles, tmp_path / "cut")
+            break
+        except Interrupted as stop:
+            assert stop.code == 75
+            interruptions += 1
+    timer.join()
+    assert interruptions == 1, "the signal must fall inside the run"
+    assert z is not None and again is not None and torch.equal(z, again)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model_again.state_dict().values(), strict=True))
+    assert history["loss"] == pytest.approx(history_again["loss"], rel=1e-12)
+
+
+RANKS = """
+import sys, torch
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+import test_loop
+z, model, history = test_loop.train(Path({store!r}), Path({folder!r}), epochs=2)
+if z is not None:
+    torch.save((z, model.state_dict(), history), {folder!r} + "/result.pt")
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_reach_what_one_process_reaches(particles: Path, tmp_path: Path, ranks: int) -> None:
+    z, model, history = train(particles, tmp_path / "one", epochs=2)
+    program = tmp_path / "program.py"
+    program.write_text(RANKS.format(tests=str(Path(__file__).parent), store=str(particles), folder=str(tmp_path)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
+    done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    z_ranks, state, history_ranks = torch.load(tmp_path / "result.pt")
+    assert z is not None
+    # Sums over a batch are taken in another order: rounding only, amplified by Adam's division on near-zero gradients.
+    torch.testing.assert_close(z, z_ranks, rtol=0, atol=2e-3)
+    assert history["loss"] == pytest.approx(history_ranks["loss"], rel=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=3e-3)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    identity = {"seed": 1}
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, {"identity": identity, "epoch": epoch})
+    last = tmp_path / "last.ckpt"
+    whole = last.read_bytes()
+    for damage in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        last.write_bytes(damage)
+        loaded = checkpoint.load(tmp_path, identity)
+        assert loaded is not None and loaded["epoch"] == 1
+    with pytest.raises(InputError, match="another run"):
+        checkpoint.load(tmp_path, {"seed": 2})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, particles: Path) -> None:
+    with pytest.raises(InputError, match="not finite"):
+        train(particles, tmp_path, lr_density=1e30, cutoff=2.0)
