@@ -22,7 +22,8 @@ class Body:
 
 def write_relion(path: Path, bodies: Sequence[Body]) -> None:
     """Table for ``relion_refine --multibody_masks``; bodies come largest first, as RELION wants them."""
-    head = ["data_", "", "loop_", "_rlnBodyMaskName #1", "_rlnBodyRotateRelativeTo #2", "_rlnBodySigmaAngles #3", "_rlnBodySigmaOffsetAngst #4"]
+    columns = ("BodyMaskName", "BodyRotateRelativeTo", "BodySigmaAngles", "BodySigmaOffsetAngst")
+    head = ["data_", "", "loop_", *(f"_rln{name} #{k}" for k, name in enumerate(columns, 1))]
     rows = [f"{b.mask} {b.relative_to} {b.sigma_angles:.2f} {b.sigma_offset:.2f}" for b in bodies]
     path.write_text("\n".join(["", *head, *rows, ""]) + "\n")
 

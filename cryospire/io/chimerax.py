@@ -38,8 +38,9 @@ def pdb_model(centre: Array, occupancy: Array, scale: Array, part: NDArray[np.in
     for serial, i in enumerate(order):
         code, number = divmod(serial - int(first[serial]), 9999)
         x, y, z = centre[i]
+        residue = f"A{int(anchor[i]) % 100:02d} {chain(int(part[i]))}{number + 1:4d}{(' ' + CHAINS)[code]}"
         lines.append(
-            f"HETATM{(serial + 1) % 100_000:5d}  C   A{int(anchor[i]) % 100:02d} {chain(int(part[i]))}{number + 1:4d}{(' ' + CHAINS)[code]}   "
+            f"HETATM{(serial + 1) % 100_000:5d}  C   {residue}   "
             f"{x:8.3f}{y:8.3f}{z:8.3f}{occupancy[i]:6.2f}{scale[i]:6.2f}           C  "
         )
     return "\n".join(lines)
@@ -56,7 +57,7 @@ def write_pdb(path: Path, models: Sequence[str], remarks: Sequence[str]) -> None
 
 
 def write_arrows(path: Path, start: Array, stop: Array, part: NDArray[np.integer], shortest: float) -> int:
-    """Arrows from ``start`` to ``stop`` (n, 3) Å in the colours of the parts; those under ``shortest`` Å are left out.  Returns the number."""
+    """Arrows from ``start`` to ``stop`` (n, 3) Å in the colours of the parts, but for those under ``shortest`` Å.  Returns the number."""
     length = np.linalg.norm(stop - start, axis=1)
     drawn = np.flatnonzero(length >= shortest)
     lines = [f".comment motion of Gaussians, Angstrom; {len(drawn)} of {len(length)} move by {shortest:.1f} or more"]

@@ -66,19 +66,19 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, output: Pat
     found = stores.open_store(analysis, "analysis")
     states, lines = stores.read(found, "states/latent"), stores.read(found, "trajectories/latent")
     if states.shape[1] != mixture.latent:
-        raise InputError(f"{analysis}: latents have {states.shape[1]} dimensions, those of {model} have {mixture.latent}; run analyse again")
+        raise InputError(f"{analysis}: latents have {states.shape[1]} dimensions, {model} has {mixture.latent}; run analyse again")
     box = config.assemble.box or mixture.box
     pixel_size = mixture.pixel_size * mixture.box / box
     folder = output.with_suffix("")
     if comm.rank == 0:
         inputs = {"model": model, "analysis": analysis}
-        group = stores.create(output, "volumes", config=own, seed=config.seed, inputs=inputs, pixel_size=pixel_size, box=box, force=force)
-        declare(group, states, lines, found, box)
+        begun = stores.create(output, "volumes", config=own, seed=config.seed, inputs=inputs, pixel_size=pixel_size, box=box, force=force)
+        declare(begun, states, lines, found, box)
         folder.mkdir(parents=True, exist_ok=True)
         for old in [*folder.glob("state_*.mrc"), *folder.glob("trajectory_*")]:
             old.unlink()
     comm.Barrier()
-    group = stores.writable(output)
+    group: Any = stores.writable(output)
     mine = jobs(states, lines)[comm.rank :: comm.size]
     with log.Progress("assemble", len(mine), "volumes", output.parent / "logs" / "assemble.metrics.jsonl") as progress:
         for job in mine:
@@ -89,26 +89,32 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, output: Pat
         progress.record(volumes=len(mine), ranks=comm.size)
     comm.Barrier()
     if comm.rank == 0:
-        store = stores.open_partial(model)
-        part = stores.read(store, "anchors/part")[stores.read(store, "gaussians/anchor")] if "anchors" in store else np.zeros(len(mixture.scale), int)
-        anchor = stores.read(store, "gaussians/anchor") if "anchors" in store else part
-        scene = Scene(folder, mixture, np.asarray(part), np.asarray(anchor), pixel_size)
-        names = [str(n) for n in found["trajectories/latent"].attrs["names"]]
-        masks = sorted(mask_folder(store, model).glob("part_*.mrc"), key=lambda p: int(p.stem.split("_")[1]))
-        write_gaussians(scene, states[0], lines, config.seed)
-        level = chimerax.contour(np.asarray(group["states"][0]))
-        relative = [f"../{p.parent.name}/{p.name}" for p in masks]
-        chimerax.write_script(folder / "open.cxc", box, level, names, int(part.max()) + 1, relative, mixture.box)
-        write_bodies(scene, states, stores.read(found, "states/weight"), masks)
+        write_scene(folder, mixture, stores.open_partial(model), model, found, group, config.seed)
         stores.finish(group)
-        log.say(f"assemble   {len(states)} states, {len(names)} trajectories of {lines.shape[1]} volumes -> {folder}; open {folder / 'open.cxc'}")
+        log.say(f"assemble   {len(states)} states, {len(lines)} trajectories of {lines.shape[1]} volumes -> {folder}")
     comm.Barrier()
+
+
+def write_scene(folder: Path, mixture: Mixture, store: Any, model: Path, found: Any, volumes: Any, seed: int) -> None:
+    """Gaussians, arrows, bodies of RELION and 3DFlex, and the script that opens them in ChimeraX."""
+    anchor = stores.read(store, "gaussians/anchor")
+    part = stores.read(store, "anchors/part")[anchor]
+    box, pixel_size = (volumes.attrs[k] for k in ("box", "pixel_size"))
+    scene = Scene(folder, mixture, part, anchor, pixel_size)
+    states, lines = stores.read(found, "states/latent"), stores.read(found, "trajectories/latent")
+    masks = sorted(mask_folder(store, model).glob("part_*.mrc"), key=lambda p: int(p.stem.split("_")[1]))
+    write_gaussians(scene, states[0], lines, seed)
+    write_bodies(scene, states, stores.read(found, "states/weight"), masks)
+    level = chimerax.contour(np.asarray(volumes["states"][0]))
+    relative = [f"../{p.parent.name}/{p.name}" for p in masks]
+    names = list(found["trajectories/latent"].attrs["names"])
+    chimerax.write_script(folder / "open.cxc", box, level, names, int(part.max()) + 1, relative, mixture.box)
 
 
 def declare(group: Any, states: Array, lines: Array, found: Any, box: int) -> None:
     """Empty arrays, one chunk a volume, and what the volumes are."""
     zyx = ("z", "y", "x")
-    arrays = [("states", (len(states),), ("state",))]
+    arrays: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [("states", (len(states),), ("state",))]
     if len(lines):
         arrays.append(("trajectories", lines.shape[:2], ("trajectory", "step")))
     for name, lead, dims in arrays:
@@ -168,12 +174,12 @@ class Scene:
 
 
 def write_gaussians(scene: Scene, state: Array, lines: Array, seed: int) -> None:
-    """``gaussians.pdb`` at the largest state; for each trajectory a .pdb with one MODEL a step, and arrows from its first to its last."""
-    remarks = ["One pseudo-atom a Gaussian: chain = part, residue name = anchor,", "occupancy column = occupancy, B-factor column = scale in Angstrom."]
+    """``gaussians.pdb`` at the largest state; for each trajectory a .pdb with one MODEL a step, and arrows from first to last."""
+    remarks = ["A pseudo-atom for each Gaussian: chain = part, residue name = anchor,", "B-factor column = scale in Angstrom"]
     chimerax.write_pdb(scene.folder / "gaussians.pdb", [scene.pdb(state)], remarks)
     mass = scene.mass
     rng = np.random.default_rng([seed, 3])
-    picked = np.sort(rng.choice(len(mass), min(ARROWS, np.count_nonzero(mass)), replace=False, p=mass / mass.sum()))
+    picked = np.sort(rng.choice(len(mass), min(ARROWS, int(np.count_nonzero(mass))), replace=False, p=mass / mass.sum()))
     for t, line in enumerate(lines):
         chimerax.write_pdb(scene.folder / f"trajectory_{t}.pdb", [scene.pdb(z) for z in line], remarks)
         (start, before), (stop, after) = scene.at(line[0]), scene.at(line[-1])
