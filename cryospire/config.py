@@ -159,3 +159,8 @@ def load(path: Path) -> Config:
 def section(values: Section) -> dict[str, Any]:
     """A section as plain JSON values, as stores and schemas keep it."""
     return values.model_dump(mode="json")
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the whole config, as ``workflow/schemas/config.schema.json`` holds it."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}

@@ -1,0 +1,44 @@
+# make demo: the whole way on simulated particles.   make test: every test.   make lint, make bench, make schema, make lock.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint bench schema lock clean-demo
+
+# The lock is installed once, and again only when it has changed; no compiler is needed, every package is a wheel.
+.venv/locked: envs/cpu.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r envs/cpu.lock
+	touch $@
+
+.venv/installed: .venv/locked pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv: .venv/installed
+
+demo: .venv/installed
+	snakemake --profile cluster/local --configfile workflow/config/demo.yaml --quiet rules
+	cryospire summary demo/results
+
+clean-demo:
+	rm -rf demo
+
+test: .venv/installed
+	python -m pytest
+
+lint: .venv/installed
+	ruff check .
+	mypy
+	snakemake --lint --configfile workflow/config/demo.yaml
+
+schema: .venv/installed
+	python -c 'import json; from cryospire import config; print(json.dumps(config.schema(), indent=1))' > workflow/schemas/config.schema.json
+
+# After a change of pyproject.toml: a fresh environment from its ranges, written down.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet '.[test]'
+	.venv-lock/bin/python -m pip freeze --exclude cryospire --exclude setuptools | sed 's/^\(torch==[0-9.]*\)+.*/\1/' > envs/cpu.lock
+	rm -rf .venv-lock

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Start the ranks of a training:  launch.sh NODES TASKS CPUS COMMAND...
+# Inside a SLURM job: srun, one rank a task, also for one task, so that the signal before the time limit reaches it.  Elsewhere:
+# torchrun on one node, mpiexec over several.  A training that saved itself and wants to go on (exit code 75) is put back in the queue.
+set -euo pipefail
+
+if [ "$1" = rank ]; then # a rank, as started below
+    shift
+    export RANK=${SLURM_PROCID:-${PMI_RANK:-${OMPI_COMM_WORLD_RANK:-0}}}
+    export WORLD_SIZE=${SLURM_NTASKS:-${PMI_SIZE:-${OMPI_COMM_WORLD_SIZE:-1}}}
+    export LOCAL_RANK=${SLURM_LOCALID:-${MPI_LOCALRANKID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}}
+    if [ -n "${SLURM_STEP_NODELIST:-}" ]; then
+        first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+        address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+        export MASTER_ADDR=${address:-$first}
+    fi
+    exec "$@"
+fi
+
+nodes=$1 tasks=$2 cpus=$3
+shift 3
+job=${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-${JOB_ID:-$$}}}}
+digits=${job//[!0-9]/}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + 10#${digits: -6} % 40000))}
+
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    code=0
+    # -K1: when one rank dies, all end.
+    # shellcheck disable=SC2086
+    srun -K1 -N "$nodes" -n "$tasks" -c "$cpus" ${CRYOSPIRE_SRUN_FLAGS:-} "$0" rank "$@" || code=$?
+    restarts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')
+    if [ "$code" = 75 ] && [ "${restarts:-0}" -lt "${CRYOSPIRE_REQUEUE_LIMIT:-0}" ]; then
+        echo "saved itself; job $SLURM_JOB_ID goes back to the queue" >&2
+        scontrol requeue "$SLURM_JOB_ID" && sleep 300 # until SLURM ends this run of the job
+    fi
+    exit "$code"
+elif [ "$tasks" = 1 ]; then
+    exec "$@"
+elif [ "$nodes" = 1 ]; then
+    exec torchrun --standalone --nproc-per-node="$tasks" --no-python "$@"
+else
+    MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
+    export MASTER_ADDR
+    exec mpiexec -n "$tasks" "$0" rank "$@"
+fi

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Submit one Snakemake job to SLURM, with the settings of a site; prints the job's id.
+
+    submit.py --site cluster/site.yaml JOBSCRIPT
+
+A job of the same outputs that is still in the queue is taken up again: after Snakemake was killed, no stage runs twice.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from snakemake.utils import read_job_properties
+
+from cryospire.conventions import InputError
+from cryospire.site.settings import Site, load
+
+
+def name_of(properties: dict[str, Any]) -> str:
+    """A name that only this rule with these outputs has."""
+    outputs = "\n".join(str(Path(p).resolve()) for p in properties["output"])
+    return f"cryospire-{properties['rule']}-{hashlib.blake2b(outputs.encode(), digest_size=6).hexdigest()}"
+
+
+def flags(site: Site, rule: str, threads: int, resources: dict[str, Any]) -> list[str]:
+    """Flags of sbatch for one job."""
+    nodes, tasks, gpu, mem = (int(resources.get(k, d)) for k, d in (("nodes", 1), ("tasks", 1), ("gpu", 0), ("mem_mb", 2000)))
+    given = {
+        "account": site.account,
+        "partition": (gpu and site.gpu_partition) or site.partition,
+        "qos": site.qos,
+        "reservation": site.reservation,
+        "constraint": site.constraint,
+        "exclude": site.exclude,
+        "mail-user": site.mail_user,
+        "mail-type": site.mail_type if site.mail_user else "",
+        "nodes": nodes,
+        "ntasks": tasks,
+        "cpus-per-task": threads,
+        "time": int(resources.get("runtime", 60)),
+        "output": site.logs / f"{rule}-%j.log",
+        "open-mode": "append",
+        "signal": f"USR1@{site.signal_seconds}" if site.signal_seconds else "",
+    }
+    found = [f"--{key}={value}" for key, value in given.items() if value not in ("", 0)]
+    per_node = -(-tasks // nodes)
+    if nodes > 1:
+        found.append(f"--ntasks-per-node={per_node}")
+    if site.memory == "node":
+        found.append(f"--mem={mem}")
+    else:
+        found.append(f"--mem-per-cpu={-(-mem // (per_node * threads))}")
+    if gpu:
+        model = f"{site.gpu_model}:" if site.gpu_model else ""
+        number = -(-gpu // nodes)
+        found.append({"gres": f"--gres=gpu:{model}{number}", "gpus": f"--gpus={model}{gpu}", "gpus-per-node": f"--gpus-per-node={model}{number}"}[site.gpu_request])
+    return [*found, "--requeue" if site.requeue else "--no-requeue", *site.sbatch_flags]
+
+
+def patiently(command: list[str], script: str | None = None) -> str:
+    """Run a SLURM command; a controller that does not answer is asked again for ten minutes."""
+    until = time.monotonic() + 600
+    while True:
+        done = subprocess.run(command, input=script, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        away = any(words in done.stderr for words in ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "slurm_load_jobs error"))
+        if not away or time.monotonic() > until:
+            sys.exit(f"{command[0]}: {done.stderr.strip()}")
+        time.sleep(3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--site", type=Path, required=True)
+    parser.add_argument("jobscript", type=Path)
+    args = parser.parse_args()
+    try:
+        site = load(args.site)
+    except InputError as error:
+        sys.exit(f"cryospire: error: {error}")
+    properties = read_job_properties(str(args.jobscript))
+    name = name_of(properties)
+    waiting = patiently(["squeue", "-h", "--me", "--states=PD,R,CF,CG,S", "--name", name, "-o", "%i"]).split()
+    if waiting:
+        print(waiting[0])
+        return
+    site.logs.mkdir(parents=True, exist_ok=True)
+    exports = [f"export TMPDIR={site.tmpdir}"] if site.tmpdir else []
+    shebang, rest = args.jobscript.read_text().split("\n", 1)
+    script = "\n".join([shebang, *exports, *site.prologue, rest])
+    command = ["sbatch", "--parsable", f"--job-name={name}", *flags(site, properties["rule"], properties["threads"], properties["resources"])]
+    print(patiently(command, script).split(";")[0])
+
+
+if __name__ == "__main__":
+    main()

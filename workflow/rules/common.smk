@@ -1,0 +1,111 @@
+"""Shared by all stages: the checked config, the site, resources, and how ranks are started."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version, validate
+
+from cryospire import config as configuration
+from cryospire.conventions import InputError
+from cryospire.site import estimate
+from cryospire.site import settings as site_settings
+
+min_version("9.0")
+
+# `cryospire`, `mpiexec` and `torchrun` of the environment that runs Snakemake, in jobs as well.
+shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+
+OPERATIONAL = {"workers", "checkpoint_minutes", "memory_mib"}  # change how a stage runs, not what it writes
+
+
+def checked_config():
+    """The config file, checked by the schema and then by the program itself; and the site, where the profile names one."""
+    if len(workflow.configfiles) != 1:
+        raise WorkflowError("give one --configfile, not " + ", ".join(map(str, workflow.configfiles)))
+    file = Path(workflow.configfiles[0]).resolve()
+    site = config.pop("site", None)
+    validate(config, "../schemas/config.schema.json", set_default=False)
+    try:
+        checked = configuration.load(file)
+        if checked != configuration.Config.model_validate(config):
+            raise InputError(f"{file}: stages read this file; change it there instead of through --config")
+        return file, checked, site_settings.load(Path(site)) if site else None
+    except InputError as error:
+        raise WorkflowError(str(error))
+
+
+CONFIG_FILE, CONFIG, SITE = checked_config()
+R = CONFIG.output
+DATA = estimate.measure(CONFIG)
+THREADS = SITE.cpus_per_task if SITE else workflow.cores or 1
+SIMULATED = CONFIG.particles.parent
+TRUTH = CONFIG.truth or (SIMULATED / "truth" if CONFIG.simulate else None)
+
+if CONFIG.simulate is not None and CONFIG.particles.name != "particles.star":
+    raise WorkflowError(f"{CONFIG_FILE}: particles: simulate writes particles.star, not {CONFIG.particles.name}")
+
+
+def store(name):
+    """A store is declared by its zarr.json, the last file a stage changes."""
+    return R / f"{name}.zarr" / "zarr.json"
+
+
+def depends(*keys):
+    """The part of the config that a stage's result depends on; a change here, and nowhere else, reruns the stage."""
+    values = CONFIG.model_dump(mode="json", include={*keys, "seed"})
+    for key, value in values.items():
+        if isinstance(value, dict):
+            values[key] = {k: v for k, v in value.items() if k not in OPERATIONAL}
+    return json.dumps(values, sort_keys=True)
+
+
+def source_files(*keys):
+    """Files of the user that the config names under these keys."""
+    values = [getattr(CONFIG, key) for key in keys]
+    return [v for value in values for v in (value if isinstance(value, list) else [value]) if v is not None]
+
+
+def resource(stage, name):
+    """One resource of a stage as a function of the attempt: a retry gets more memory and time."""
+    return lambda wildcards, attempt: getattr(estimate.need(CONFIG, stage, DATA, SITE, attempt, THREADS), name)
+
+
+def config_file(wildcards):
+    return str(CONFIG_FILE)
+
+
+def alone(wildcards):
+    """Prefix of a command that runs as one process."""
+    return SITE.container if SITE else ""
+
+
+def ddp(wildcards, threads, resources):
+    """Prefix that starts the ranks of a training: cluster/launch.sh inside a job, torchrun on one machine."""
+    if SITE is None:
+        return f"torchrun --standalone --nproc-per-node={resources.tasks} --no-python" if resources.tasks > 1 else ""
+    variables = {
+        "CRYOSPIRE_SRUN_FLAGS": SITE.srun_flags,
+        "CRYOSPIRE_REQUEUE_LIMIT": SITE.requeue_limit if SITE.requeue else 0,
+        "MASTER_PORT": SITE.master_port or "",
+        "NCCL_SOCKET_IFNAME": SITE.network_interface,
+        "GLOO_SOCKET_IFNAME": SITE.network_interface,
+    }
+    given = " ".join(f"{k}={shlex.quote(str(v))}" for k, v in variables.items() if v != "")
+    script = Path(workflow.basedir) / "cluster" / "launch.sh"
+    return f"env {given} {script} {resources.nodes} {resources.tasks} {threads} {SITE.container}"
+
+
+def mpi(wildcards, threads, resources):
+    """Prefix that starts MPI ranks."""
+    if SITE is None:
+        return f"mpiexec -n {resources.tasks}" if resources.tasks > 1 else ""
+    shape = f"-N {resources.nodes} -n {resources.tasks} -c {threads}" if SITE.mpi.startswith("srun") else f"-n {resources.tasks}"
+    return f"{SITE.mpi} {shape} {SITE.container}"
+
+
+if workflow.dryrun:
+    shown = [s for s in estimate.STAGES if (s != "simulate" or CONFIG.simulate) and (s != "evaluate" or TRUTH)]
+    print(estimate.summary(CONFIG, shown, DATA, SITE, THREADS), file=sys.stderr)

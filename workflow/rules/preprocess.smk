@@ -1,0 +1,29 @@
+rule preprocess:
+    input:
+        source_files("particles", "poses", "ctf", "passthrough"),
+        [SIMULATED / "particles.mrcs"] if CONFIG.simulate else [],
+    output:
+        store("particles"),
+    log:
+        R / "logs" / "preprocess.log",
+    benchmark:
+        R / "benchmarks" / "preprocess.tsv"
+    conda:
+        "../../envs/cpu.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=resource("preprocess", "mem_mb"),
+        runtime=resource("preprocess", "runtime"),
+        gpu=resource("preprocess", "gpu"),
+        nodes=resource("preprocess", "nodes"),
+        tasks=resource("preprocess", "tasks"),
+    params:
+        settings=depends("preprocess", "datadir"),
+        config=config_file,
+        launch=alone,
+    message:
+        "preprocess: particle stack to whitened Zarr shards"
+    shell:
+        "({params.launch} cryospire preprocess --config {params.config} "
+        "--output $(dirname {output}) "
+        "2>&1) | tee -a {log}"

@@ -1,0 +1,29 @@
+rule report:
+    input:
+        [store(name) for name in ("particles", "consensus", "discovery", "parts", "model", "analysis", "volumes")],
+        [R / "evaluation.json"] if TRUTH else [],
+    output:
+        R / "report.html",
+    log:
+        R / "logs" / "report.log",
+    benchmark:
+        R / "benchmarks" / "report.tsv"
+    conda:
+        "../../envs/cpu.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=resource("report", "mem_mb"),
+        runtime=resource("report", "runtime"),
+        gpu=resource("report", "gpu"),
+        nodes=resource("report", "nodes"),
+        tasks=resource("report", "tasks"),
+    params:
+        settings=depends(),
+        config=config_file,
+        launch=alone,
+    message:
+        "report: one HTML page of the whole run"
+    shell:
+        "({params.launch} cryospire report --config {params.config} "
+        "--results $(dirname {output}) --output {output} "
+        "2>&1) | tee -a {log}"
