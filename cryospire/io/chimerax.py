@@ -1,6 +1,7 @@
 """Files that ChimeraX opens: Gaussians as .pdb, motion as .bild arrows, and a .cxc script over all of them.
 
-Coordinates are Å with the origin at voxel ``box // 2``; the script sets the same origin for the maps.
+Coordinates are Å in the frame of the maps, whose header origin is zero: voxel 0 lies at 0, so the particle's centre at half the
+box.  Files then fit each other, and the refinement's own map, without any script.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ def contour(volume: Array, share: float = 0.8) -> float:
     return float(values[np.searchsorted(total, share * total[-1])]) if total[-1] > 0 else 1.0
 
 
-def write_script(
-    path: Path, box: int, level: float, trajectories: Sequence[str], parts: int, masks: Sequence[str], mask_box: int
-) -> None:
+def write_script(path: Path, level: float, trajectories: Sequence[str], parts: int, masks: Sequence[str]) -> None:
     """``.cxc``: the states as a map series, each trajectory as series, Gaussians and arrows, masks of parts as coloured surfaces.
 
     Paths are relative to the script.  Everything but the states starts hidden, so nothing covers anything.
@@ -93,7 +92,7 @@ def write_script(
         nonlocal model
         lines.extend([
             f'open {pattern} vseries true name "{name}"',
-            f"volume #{model} originIndex {_middle(box)} level {level:.6g} color {shade}",
+            f"volume #{model} level {level:.6g} color {shade}",
         ])  # fmt: skip
         model += 1
 
@@ -110,15 +109,11 @@ def write_script(
     model = _paint(lines, model, parts)
     for k, mask in enumerate(masks):
         lines.append(f'open "{mask}" name "mask of part {k + 1}"')
-        lines.append(f"volume #{model} originIndex {_middle(mask_box)} level 0.5 color {colour(k)} transparency 0.5")
+        lines.append(f"volume #{model} level 0.5 color {colour(k)} transparency 0.5")
         lines.append(f"hide #{model} models")
         model += 1
     lines.append("view")
     path.write_text("\n".join(lines) + "\n")
-
-
-def _middle(box: int) -> str:
-    return ",".join([str(box // 2)] * 3)
 
 
 def _paint(lines: list[str], model: int, parts: int) -> int:

@@ -99,8 +99,7 @@ def write_scene(folder: Path, mixture: Mixture, store: Any, model: Path, found: 
     """Gaussians, arrows, bodies of RELION and 3DFlex, and the script that opens them in ChimeraX."""
     anchor = stores.read(store, "gaussians/anchor")
     part = stores.read(store, "anchors/part")[anchor]
-    box, pixel_size = (volumes.attrs[k] for k in ("box", "pixel_size"))
-    scene = Scene(folder, mixture, part, anchor, pixel_size)
+    scene = Scene(folder, mixture, part, anchor)
     states, lines = stores.read(found, "states/latent"), stores.read(found, "trajectories/latent")
     masks = sorted(mask_folder(store, model).glob("part_*.mrc"), key=lambda p: int(p.stem.split("_")[1]))
     write_gaussians(scene, states[0], lines, seed)
@@ -108,7 +107,7 @@ def write_scene(folder: Path, mixture: Mixture, store: Any, model: Path, found: 
     level = chimerax.contour(np.asarray(volumes["states"][0]))
     relative = [f"../{p.parent.name}/{p.name}" for p in masks]
     names = list(found["trajectories/latent"].attrs["names"])
-    chimerax.write_script(folder / "open.cxc", box, level, names, int(part.max()) + 1, relative, mixture.box)
+    chimerax.write_script(folder / "open.cxc", level, names, int(part.max()) + 1, relative)
 
 
 def declare(group: Any, states: Array, lines: Array, found: Any, box: int) -> None:
@@ -149,19 +148,19 @@ def mask_folder(store: Any, model: Path) -> Path:
 
 @dataclass(frozen=True)
 class Scene:
-    """The mixture as people look at it: part and anchor (G,) of each Gaussian; pixel size in Å."""
+    """The mixture as people look at it: part and anchor (G,) of each Gaussian."""
 
     folder: Path
     mixture: Mixture
     part: NDArray[np.integer[Any]]
     anchor: NDArray[np.integer[Any]]
-    pixel_size: float
 
     def at(self, latent: Array) -> tuple[Array, Array]:
-        """Centres (G, 3) Å and occupancies (G,) at one latent."""
+        """Centres (G, 3) Å in the frame of the maps (voxel 0 at 0) and occupancies (G,) at one latent."""
         z = torch.as_tensor(latent)[None]
         occupancy = self.mixture.occupancies(z, self.mixture.features)
-        return self.mixture.forward_gaussians(z)[0][0].numpy(), occupancy[0].numpy()
+        centre = self.mixture.forward_gaussians(z)[0][0] + self.mixture.box // 2 * self.mixture.pixel_size
+        return centre.numpy(), occupancy[0].numpy()
 
     @property
     def mass(self) -> NDArray[np.float64]:
@@ -184,7 +183,8 @@ def write_gaussians(scene: Scene, state: Array, lines: Array, seed: int) -> None
         chimerax.write_pdb(scene.folder / f"trajectory_{t}.pdb", [scene.pdb(z) for z in line], remarks)
         (start, before), (stop, after) = scene.at(line[0]), scene.at(line[-1])
         shown = picked[np.minimum(before, after)[picked] > PRESENT]
-        chimerax.write_arrows(scene.folder / f"trajectory_{t}.bild", start[shown], stop[shown], scene.part[shown], scene.pixel_size / 2)
+        shortest = scene.mixture.pixel_size / 2
+        chimerax.write_arrows(scene.folder / f"trajectory_{t}.bild", start[shown], stop[shown], scene.part[shown], shortest)
 
 
 def rigid(start: Array, stop: Array, mass: NDArray[np.float64]) -> NDArray[np.float64]:

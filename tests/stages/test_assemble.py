@@ -98,6 +98,7 @@ def test_one_ranks_error_ends_all(run_folder: Path) -> None:
 def test_gaussians_as_another_program_reads_them(run_folder: Path, synthetic: SimpleNamespace) -> None:
     line = stores.read(stores.open_store(run_folder / "analysis.zarr", "analysis"), "trajectories/latent")[0]
     centre, _, scale = synthetic.two_part_mixture().forward_gaussians(torch.tensor(line))
+    centre += synthetic.pixel * synthetic.box / 2  # files live in the frame of the maps, voxel 0 at 0
     structure = gemmi.read_pdb(str(run_folder / "volumes" / "trajectory_0.pdb"))
     assert len(structure) == len(line)
     for step, model in enumerate(structure):
@@ -108,11 +109,23 @@ def test_gaussians_as_another_program_reads_them(run_folder: Path, synthetic: Si
         assert all(0 <= a.occ <= 1 for a in atoms)
 
 
+def test_gaussians_lie_in_the_map(run_folder: Path) -> None:
+    """A reader that knows only the two files finds the pseudo-atoms' centre of mass at the map's."""
+    grid = gemmi.read_ccp4_map(str(run_folder / "volumes" / "state_000.mrc")).grid
+    density = np.array(grid.array)
+    where = np.stack(np.meshgrid(*(np.arange(n) for n in density.shape), indexing="ij"), -1) * grid.spacing[0]
+    atoms = [a for c in gemmi.read_pdb(str(run_folder / "volumes" / "gaussians.pdb"))[0] for r in c for a in r]
+    centre = np.mean([a.pos.tolist() for a in atoms], axis=0)
+    # amplitudes vary by a factor of two at random and occupancies by part: a few Å over 120 Gaussians, far below half a box (60 Å)
+    assert np.abs((density[..., None] * where).sum((0, 1, 2)) / density.sum() - centre).max() < 5
+
+
 def test_arrows_join_the_ends(run_folder: Path, synthetic: SimpleNamespace) -> None:
     line = stores.read(stores.open_store(run_folder / "analysis.zarr", "analysis"), "trajectories/latent")[0]
     ends = synthetic.two_part_mixture().forward_gaussians(torch.tensor(line[[0, -1]]))[0].numpy()
     rows = [r.split()[1:7] for r in (run_folder / "volumes" / "trajectory_0.bild").read_text().splitlines() if r.startswith(".arrow")]
     assert len(rows) > 20
+    ends = ends + synthetic.pixel * synthetic.box / 2
     apart = np.abs(np.array(rows, float)[:, None] - np.concatenate(ends, axis=1)).max(2)
     assert (apart.min(1) < 6e-4).all()
 
