@@ -82,6 +82,53 @@ def assemble(
     stage.run(configuration.load(config), model=model, analysis=analysis, output=output, force=force)
 
 
+@app.command()
+def report(
+    config: ConfigPath,
+    results: Annotated[Path, typer.Option(help="folder of the run", show_default=False)],
+    output: Output,
+) -> None:
+    """One self-contained HTML page of everything that is there so far."""
+    from cryospire.stages import report as stage
+
+    stage.run(configuration.load(config), results=results, output=output)
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(help="a store of any stage, complete or not")],
+    preview: Annotated[Path | None, typer.Option(help="write a picture (.png) of what is inside")] = None,
+) -> None:
+    """A store's story: tree, shapes, units, provenance, completeness."""
+    from cryospire.stages import inspect as stage
+
+    stage.run(store, preview=preview)
+
+
+@app.command()
+def init(
+    particles: Annotated[Path, typer.Option(help=".star, .cs or cryoDRGN stack", show_default=False)],
+    poses: Annotated[Path | None, typer.Option(help="cryoDRGN poses.pkl")] = None,
+    ctf: Annotated[Path | None, typer.Option(help="cryoDRGN ctf.pkl")] = None,
+    passthrough: Annotated[list[Path] | None, typer.Option(help="cryoSPARC passthrough .cs; may be repeated")] = None,
+    datadir: Annotated[Path | None, typer.Option(help="folder that image paths are relative to")] = None,
+    output: Annotated[Path, typer.Option(help="configuration to write")] = Path("config.yaml"),
+    force: Force = False,
+) -> None:
+    """Write a commented configuration that fits the particles."""
+    from cryospire.stages import init as stage
+
+    stage.run(particles, poses=poses, ctf=ctf, passthrough=passthrough or [], datadir=datadir, output=output, force=force)
+
+
+@app.command()
+def status(results: Annotated[Path, typer.Argument(help="folder of the run")] = Path("results")) -> None:
+    """What each stage is doing: state, epoch, loss, images per second, time left, node, memory, job."""
+    from cryospire.stages import status as stage
+
+    stage.run(results)
+
+
 def main() -> None:
     """Entry point: bad input ends with one line and exit code 2."""
     try:

@@ -1,0 +1,121 @@
+"""What each stage of a run is doing: from the stores' complete flags, metrics and logs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryospire.conventions import InputError
+from cryospire.io import stores
+from cryospire.log import duration
+
+# Stage -> what it writes, in the order of the workflow.
+STAGES = {
+    "simulate": "simulate/particles.star", "preflight": "preflight.json", "preprocess": "particles.zarr", "consensus": "consensus.zarr",
+    "discover": "discovery.zarr", "parts": "parts.zarr", "train": "model.zarr", "analyse": "analysis.zarr", "assemble": "volumes.zarr",
+    "evaluate": "evaluation.json", "report": "report.html",
+}  # fmt: skip
+FRESH = 180.0  # s since the last line of a log or metrics after which an unfinished stage no longer counts as running
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``state`` is complete, running, failed, stopped or waiting; ``last`` its newest metrics record."""
+
+    name: str
+    state: str
+    last: dict[str, Any] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left, at the rate of the newest record."""
+        rate = self.last.get("images_per_second")
+        return (self.last["total"] - self.last["done"]) / rate if self.state == "running" and rate else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; a line that is being written is skipped."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def read_stage(results: Path, name: str, now: float) -> Stage:
+    """State of one stage from what it has written; nothing is locked, nothing changed."""
+    target, log = results / STAGES[name], results / "logs" / f"{name}.log"
+    metrics = results / "logs" / f"{name}.metrics.jsonl"
+    records = read_metrics(metrics)
+    last = records[-1] if records else {}
+    if finished(target):
+        return Stage(name, "complete", last, records)
+    checkpoints = results / "checkpoints" / name
+    traces = [p for p in (log, metrics, checkpoints, target) if p.exists()]
+    if not traces:
+        return Stage(name, "waiting")
+    tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+    if tail and ("error:" in tail[0].lower() or tail[0].startswith(("Traceback", "srun: error"))):
+        return Stage(name, "failed", last, records, f"{tail[0]} ({log})")
+    fresh = now - max(p.stat().st_mtime for p in traces) < FRESH
+    return Stage(name, "running" if fresh else "stopped", last, records, "" if fresh else f"no sign of life; see {log}")
+
+
+def finished(target: Path) -> bool:
+    """A store says so itself; a file is whole when it is there."""
+    if target.suffix != ".zarr":
+        return target.exists()
+    try:
+        return bool(stores.open_partial(target).attrs.get("complete"))
+    except InputError:
+        return False
+
+
+def read(results: Path) -> list[Stage]:
+    """All stages; simulate and evaluate only where the run has them."""
+    if not results.is_dir():
+        raise InputError(f"{results}: no such folder of results")
+    now = time.time()
+    found = [read_stage(results, name, now) for name in STAGES]
+    return [s for s in found if s.name not in ("simulate", "evaluate", "preflight") or s.state != "waiting"]
+
+
+def cells(stage: Stage) -> list[str]:
+    """A row of the table: stage, state, progress, epoch, loss, images/s, time left, memory, node, job."""
+    last = stage.last
+    share = f"{100 * last['done'] / last['total']:.0f} %" if last.get("total") else ""
+    number = {k: last.get(k) for k in ("epoch", "loss", "images_per_second", "memory_gb")}
+    text = [f"{number[k]:{f}}" if number[k] is not None else "" for k, f in zip(number, ("d", ".3f", ",.0f", ".2f"), strict=True)]
+    left = duration(stage.left) if stage.left is not None else ""
+    return [stage.name, stage.state, share, text[0], text[1], text[2], left, text[3], str(last.get("host", "")), str(last.get("job", ""))]
+
+
+def run(results: Path) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {"complete": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
+    stages = read(results)
+    table = Table(title=str(results), title_justify="left", box=None, header_style="bold")
+    for head in ("stage", "state", "done", "epoch", "loss", "images/s", "left", "GB", "node", "job"):
+        table.add_column(head, justify="left" if head in ("stage", "state", "node", "job") else "right", no_wrap=True)
+    for stage in stages:
+        row = cells(stage)
+        table.add_row(row[0], f"[{colours[stage.state]}]{row[1]}[/]", *row[2:])
+    console = Console()
+    console.print(table)
+    for stage in stages:
+        if stage.error:
+            console.print(f"{stage.name}: {stage.error}", style=colours[stage.state], markup=False)

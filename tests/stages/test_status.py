@@ -1,0 +1,50 @@
+"""States told from real stores, metrics and logs."""
+
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cryospire.conventions import InputError
+from cryospire.io import stores
+from cryospire.log import Progress
+from cryospire.stages import status
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {s.name: s.state for s in status.read(folder)}
+
+
+def test_states_of_a_run(tmp_path: Path, synthetic: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    synthetic.write_latents(tmp_path / "model.zarr", np.zeros((4, 2)))
+    stores.create(tmp_path / "consensus.zarr", "consensus", config={}, seed=0, inputs={}, pixel_size=1, box=16)  # begun, never finished
+    long_ago = time.time() - 3600
+    os.utime(tmp_path / "consensus.zarr", (long_ago, long_ago))
+    logs = tmp_path / "logs"
+    with Progress("discover", 3000, metrics=logs / "discover.metrics.jsonl") as progress:
+        progress.advance(1000)
+        progress.record(epoch=1, loss=212.5, images_per_second=100.0)
+    (logs / "parts.log").write_text("working\ncryospire: error: parts.anchors: 1 anchors cannot serve 2 parts\n")
+    found = states(tmp_path)
+    assert found["train"] == "complete" and found["consensus"] == "stopped" and found["discover"] == "running"
+    assert found["parts"] == "failed" and found["assemble"] == "waiting" and "evaluate" not in found
+    discover = next(s for s in status.read(tmp_path) if s.name == "discover")
+    assert discover.left == pytest.approx(20)  # 2,000 images at 100 a second
+    status.run(tmp_path)
+    shown = capsys.readouterr().out
+    assert "212.500" in shown and "parts.log" in shown and "cannot serve" in shown
+
+
+def test_half_written_line_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "lo')
+    assert status.read_metrics(path) == [{"epoch": 1}]
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        status.read(tmp_path / "nowhere")
