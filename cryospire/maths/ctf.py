@@ -58,9 +58,9 @@ def ctf(
 
 
 def beam_tilt_phase(box: int, pixel_size: float, tilt: Tensor, voltage: Tensor, cs: Tensor) -> Tensor:
-    """Phase (n, box, box // 2 + 1), radians, that a beam tilt (n, 2; x, y in mrad) adds to images; RELION's sign and formula.
+    """Phase (n, box, box // 2 + 1), radians, of axial coma by a beam tilt (n, 2; x, y in mrad); RELION's sign and formula.
 
-    An image is corrected by multiplying its transform by ``exp(-i phase)``.
+    Images carry ``exp(-i phase)``; multiplying their transforms by ``exp(i phase)`` undoes it.
     """
     sx, sy = frequencies(box, pixel_size, tilt.dtype, tilt.device)
     factor = 2e-3 * math.pi * (cs.to(tilt.dtype) * 1e7) * wavelength(voltage.to(tilt.dtype)) ** 2

@@ -51,7 +51,7 @@ def crop(x: Tensor, box: int, dims: int = 2) -> Tensor:
     """Resample real (..., n, n) to (..., box, box) by cropping, or zero-padding, its Fourier transform.
 
     Values are kept (a constant stays itself) and so is the origin ``n // 2``; both boxes even.  The Nyquist frequency of the
-    smaller box takes the mean of its two sides, or gives half to each.
+    smaller box stands for the sum of its two sides, as in sampling; padding gives half to each.
     """
     n = x.shape[-1]
     if box == n:
@@ -61,10 +61,11 @@ def crop(x: Tensor, box: int, dims: int = 2) -> Tensor:
     for axis in axes[:-1]:
         transform = _resize_axis(transform, axis, box)
     half = min(n, box) // 2
-    last = transform[..., : half + 1]
+    # irfftn takes the Nyquist entry as the mean of both sides: doubled when it becomes one, halved when it stops to be.
+    last = [transform[..., :half], transform[..., half : half + 1] * (2 if box < n else 0.5)]
     if box > n:
-        last = torch.cat([last[..., :half], last[..., half:] / 2, last.new_zeros(*last.shape[:-1], (box - n) // 2)], -1)
-    return torch.fft.irfftn(last, [box] * dims, dim=axes, norm="forward")
+        last.append(transform.new_zeros(*transform.shape[:-1], (box - n) // 2))
+    return torch.fft.irfftn(torch.cat(last, -1), [box] * dims, dim=axes, norm="forward")
 
 
 def _resize_axis(transform: Tensor, axis: int, box: int) -> Tensor:
@@ -72,7 +73,7 @@ def _resize_axis(transform: Tensor, axis: int, box: int) -> Tensor:
     half = min(n, box) // 2
     low, high = transform.narrow(axis, 0, half), transform.narrow(axis, n - half + 1, half - 1)
     if box < n:
-        nyquist = (transform.narrow(axis, half, 1) + transform.narrow(axis, n - half, 1)) / 2
+        nyquist = transform.narrow(axis, half, 1) + transform.narrow(axis, n - half, 1)
         return torch.cat([low, nyquist, high], axis)
     nyquist = transform.narrow(axis, half, 1) / 2
     shape = list(transform.shape)

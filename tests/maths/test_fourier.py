@@ -13,9 +13,9 @@ def gaussian(box: int, sigma: float, centre: tuple[float, float, float]) -> torc
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(("n", "m"), [(64, 32), (32, 64), (48, 36), (32, 32)])
 def test_crop_keeps_a_band_limited_function_its_values_and_its_origin(n, m, dims):
-    # The same Gaussian sampled on two grids of one physical size: sigma 1.5 of the coarser voxels.
+    # The same Gaussian sampled on two grids of one physical size: sigma 2 of the coarser voxels.
     scale = n / m
-    sigma, centre = 1.5 * max(1.0, scale), (2.3 * scale, -1.1 * scale, 0.7 * scale)
+    sigma, centre = 2.0 * max(1.0, scale), (2.3 * scale, -1.1 * scale, 0.7 * scale)
     a = gaussian(n, sigma, centre)
     b = gaussian(m, sigma / scale, tuple(c / scale for c in centre))
     if dims == 2:
@@ -54,7 +54,7 @@ def test_shells_count_the_whole_plane_and_radial_mean_of_the_radius():
 def test_white_noise_has_a_flat_spectrum_of_its_variance():
     x = 2 * torch.randn(400, 32, 32, generator=torch.Generator().manual_seed(0))
     power = torch.fft.rfft2(x, norm="ortho").abs() ** 2
-    assert torch.allclose(fourier.radial_mean(power, 32).mean(0), torch.full((17,), 4.0), rtol=0.15)
+    assert torch.allclose(fourier.radial_mean(power, 32).mean(0), torch.full((17,), 4.0), rtol=0.25)  # the mean of 400 powers: 5%
 
 
 def test_lowpass_removes_what_is_beyond_and_keeps_what_is_below():
