@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryospire.conventions import InputError
-from cryospire.io import metadata_relion
+from cryospire.io import metadata_cs, metadata_pkl, metadata_relion
 from cryospire.io.metadata_relion import write_star
 from cryospire.io.table import Optics, ParticleTable, check_stacks
 
@@ -26,6 +26,17 @@ def read(
 
     Raises InputError naming file, row and value.  Stacks are found but not opened: see ``check_stacks``.
     """
-    if particles.suffix == ".star":
-        return metadata_relion.read(particles, datadir)
-    raise InputError(f"{particles}: unknown kind of particle file; expected .star, .cs, .mrcs, .mrc or .txt")
+    kind = particles.suffix
+    if kind not in (".star", ".cs", ".mrcs", ".mrc", ".txt"):
+        raise InputError(f"{particles}: unknown kind of particle file; expected .star, .cs, .mrcs, .mrc or .txt")
+    if kind in (".star", ".cs") and (poses or ctf):
+        raise InputError(f"{poses or ctf}: poses and CTFs come with {particles}; give pickles with a bare stack only")
+    if kind != ".cs" and passthrough:
+        raise InputError(f"{passthrough[0]}: passthrough files go with a .cs table, not with {particles}")
+    if kind == ".star":
+        table = metadata_relion.read(particles, datadir)
+    elif kind == ".cs":
+        table = metadata_cs.read(particles, passthrough, datadir)
+    else:
+        table = metadata_pkl.read(particles, poses, ctf, datadir)
+    return table if ind is None else table.take(metadata_pkl.indices(ind, len(table)))
