@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
-from cryospire.config import Train, section
+from cryospire.config import Analyse, Config, Train, section
 from cryospire.conventions import particle_id
-from cryospire.io import stores
+from cryospire.io import mrc, stores
+from cryospire.kernels import render_volume
+from cryospire.stages import analyse, assemble
 from cryospire.training import model as mixtures
 
 BOX, PIXEL = 24, 5.0
@@ -62,8 +65,78 @@ def write_model(path: Path, latents: np.ndarray) -> Path:
     return path
 
 
+def write_particles(path: Path, n: int) -> Path:
+    """A particles.zarr of noise with even viewing directions and known defocus."""
+    rng = np.random.default_rng(0)
+    group = stores.create(path, "particles", config={}, seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
+    group.attrs["stacks"] = ["particles.mrcs"]
+    put, particle = stores.put, ("particle",)
+    put(group, "images", rng.normal(size=(n, BOX, BOX)).astype(np.float16), ("particle", "y", "x"), "whitened images")
+    rotation = Rotation.random(n, rng=1).as_matrix().astype(np.float32)
+    put(group, "pose/rotation", rotation, ("particle", "row", "column"), "x_view = R x_model")
+    put(group, "pose/shift", rng.normal(0, 5, (n, 2)).astype(np.float32), ("particle", "xy"), "place of the centre", "Å")
+    put(group, "ctf/defocus_u", rng.uniform(1e4, 2e4, n), particle, "defocus", "Å")
+    put(group, "ctf/defocus_v", rng.uniform(1e4, 2e4, n), particle, "defocus", "Å")
+    put(group, "ctf/group", np.arange(n) % 2, particle, "optics group")
+    put(group, "optics/voltage", [300.0, 200.0], ("group",), "voltage", "kV")
+    put(group, "id", ids(n), particle, "permanent particle id")
+    put(group, "half_set", np.arange(n) % 2 + 1, particle, "half-set")
+    stores.finish(group)
+    return path
+
+
+def write_consensus(path: Path) -> Path:
+    """The two blobs of the mixture at rest, with an FSC that falls through 0.143 at shell 8."""
+    volume = render(two_part_mixture())
+    group = stores.create(path, "consensus", config={}, seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
+    group.attrs["resolution"] = BOX * PIXEL / 8
+    stores.put(group, "map", volume, ("z", "y", "x"), "rigid map")
+    stores.put(group, "fsc", 1 / (1 + np.exp(np.arange(BOX // 2 + 1) - 6.2)), ("shell",), "FSC of half-maps")
+    stores.finish(group)
+    return path
+
+
+def write_parts(path: Path) -> Path:
+    """The mixture's own two parts, evident in features, and their masks."""
+    mixture, rng = two_part_mixture(), np.random.default_rng(1)
+    centre = mixture.centre.T.numpy() * PIXEL
+    part = (np.arange(len(centre)) >= len(centre) // 2).astype(np.int32)
+    group = stores.create(path, "parts", config={}, seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
+    stores.put(group, "part", part, ("gaussian",), "part of each coarse Gaussian")
+    stores.put(group, "feature", part[:, None] * 2.0 + rng.normal(0, 0.3, (len(part), 4)), ("gaussian", "feature"), "learned feature")
+    stores.put(group, "position", centre, ("gaussian", "xyz"), "centre", "Å")
+    stores.put(group, "anchors/part", np.arange(2), ("anchor",), "part of the anchor")
+    for name, values in {"parts": [2, 3, 4], "silhouette": [0.7, 0.5, 0.4], "gap": [1.0, 0.8, 0.7], "stability": [1, 0.8, 0.7]}.items():
+        stores.put(group, f"evidence/{name}", values, ("division",), name)
+    stores.finish(group)
+    x = np.broadcast_to(np.arange(BOX), (BOX,) * 3)
+    for k, side in enumerate((x < BOX // 2, x >= BOX // 2)):
+        mrc.write_volume(path.with_name("parts_masks") / f"part_{k + 1}.mrc", side.astype(np.float32), PIXEL)
+    return path
+
+
+def render(mixture: mixtures.Mixture) -> np.ndarray:
+    centre, amplitude, scale = mixture.forward_gaussians(torch.zeros(1, mixture.latent))
+    return render_volume(centre[0], amplitude[0], scale, BOX, PIXEL).numpy()
+
+
+def write_run(folder: Path, n: int = 300) -> Path:
+    """Every result of a run in one folder; analysis and volumes by the stages themselves."""
+    write_particles(folder / "particles.zarr", n)
+    write_consensus(folder / "consensus.zarr")
+    write_parts(folder / "parts.zarr")
+    write_model(folder / "model.zarr", np.random.default_rng(1).normal(size=(n, 2)) * [2, 1])
+    config = Config(output=folder, analyse=Analyse(states=3, trajectories=1, steps=4, umap=False))
+    analyse.run(config, model=folder / "model.zarr", output=folder / "analysis.zarr")
+    assemble.run(config, model=folder / "model.zarr", analysis=folder / "analysis.zarr", output=folder / "volumes.zarr")
+    (folder / "benchmarks").mkdir()
+    (folder / "benchmarks" / "train.tsv").write_text("s\th:m:s\tmax_rss\n90.5\t0:01:30\t1500.0\n")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def synthetic() -> SimpleNamespace:
     return SimpleNamespace(
-        ids=ids, write_latents=write_latents, two_part_mixture=two_part_mixture, write_model=write_model, box=BOX, pixel=PIXEL
-    )
+        ids=ids, write_latents=write_latents, two_part_mixture=two_part_mixture, write_model=write_model, write_run=write_run,
+        write_particles=write_particles, box=BOX, pixel=PIXEL,
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Sections of the report about heterogeneity: parts, latents, volumes, occupancy, evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cryospire.io import mrc, stores
+from cryospire.stages import report_figures as figures
+from cryospire.stages import report_page as page
+from cryospire.stages.report_results import Missing, Results, array
+from cryospire.training.model import load
+
+Array = NDArray[Any]
+
+SHOWN_STATES = 12
+SAMPLE = 1000  # particles whose occupancies are computed
+PER_PART = 64  # Gaussians of a part whose occupancies are averaged
+
+
+def part_count(results: Results) -> int:
+    return int(array(results.store("parts"), "anchors/part").max()) + 1
+
+
+def parts(results: Results) -> str:
+    """Features, evidence, and where the parts lie."""
+    group = results.store("parts")
+    part, count = array(group, "part"), part_count(results)
+    cloud = page.image(
+        figures.features(array(group, "feature"), part),
+        "Learned features of the coarse Gaussians: those that move or vanish together lie together.",
+    )  # fmt: skip
+    measures = {k: stores.read(group, f"evidence/{k}") for k in ("silhouette", "gap", "stability") if f"evidence/{k}" in group}
+    proof = ""
+    if measures:
+        proof = page.curve(
+            figures.evidence(array(group, "evidence/parts"), measures, count),
+            "Evidence for the number of parts (dotted: chosen). Silhouette: how well separated; gap: against features without clusters; "
+            "stability: agreement of clusterings from disjoint halves (1 is perfect). Higher is better.",
+        )
+    anchors = np.bincount(array(group, "anchors/part"), minlength=count)
+    rows = [(f"part {k + 1}", int((part == k).sum()), int(anchors[k])) for k in range(count)]
+    return (
+        page.row(cloud, proof + page.table(rows, ("", "coarse Gaussians", "anchors")))
+        + page.heading("Where the parts are")
+        + page.image(coloured(results, group, part, count), "Projections of the parts, each in its colour.")
+    )
+
+
+def coloured(results: Results, group: Any, part: Array, count: int) -> Any:
+    """Density of each part: the map inside its mask, else its Gaussians."""
+    pixel, box = float(group.attrs["pixel_size"]), int(group.attrs["box"])
+    paths = [results.root / "parts_masks" / f"part_{k + 1}.mrc" for k in range(count)]
+    if all(p.exists() for p in paths):
+        masks = [mrc.read_volume(p)[0] for p in paths]
+        try:
+            density = array(results.store("consensus"), "map")
+            if density.shape == masks[0].shape:
+                return figures.coloured_projections([np.clip(density, 0, None) * m for m in masks], pixel)
+        except Missing:
+            pass
+        return figures.coloured_projections(masks, pixel)
+    from scipy.ndimage import gaussian_filter
+
+    edges = [(np.arange(box + 1) - box // 2 - 0.5) * pixel] * 3
+    zyx = array(group, "position")[:, ::-1]
+    return figures.coloured_projections([gaussian_filter(np.histogramdd(zyx[part == k], edges)[0], 1.5) for k in range(count)], pixel)
+
+
+def latents(results: Results) -> str:
+    """Density, states and trajectories in principal components; UMAP; and whether latents repeat pose or defocus."""
+    group = results.store("analysis")
+    axes, mean = array(group, "pca/components"), array(group, "pca/mean")
+    coordinates, variance = array(group, "pca/coordinates"), array(group, "pca/variance")
+    places = (array(group, "states/latent") - mean) @ axes.T
+    names = list(group["trajectories/latent"].attrs["names"])
+    lines = [(n, (line - mean) @ axes.T) for n, line in zip(names, array(group, "trajectories/latent"), strict=True)]
+    blocks = []
+    if len(variance) > 1:
+        density = array(group, "density")
+        caption = "Particles in the plane of the {} principal components, coloured by density; numbers are states, lines trajectories."
+        drawn = figures.latent_plane(coordinates, density, places, lines, variance)
+        blocks.append(page.image(drawn, caption.format("first two")))
+        if len(variance) > 2:
+            drawn = figures.latent_plane(coordinates, density, places, lines, variance, (1, 2))
+            blocks.append(page.image(drawn, caption.format("second and third")))
+    if "umap" in group:
+        drawn = figures.umap_plane(stores.read(group, "umap"), array(group, "clusters/label"))
+        caption = "UMAP of all latent dimensions, coloured by state. Distances between islands mean little."
+        blocks.append(page.image(drawn, caption))
+    return "".join(page.row(*blocks[k : k + 2]) for k in range(0, len(blocks), 2)) + leakage(results, group, coordinates)
+
+
+def leakage(results: Results, group: Any, coordinates: Array) -> str:
+    """Share of each component's variance that pose or defocus predict linearly; structure should predict neither."""
+    try:
+        particles = results.store("particles")
+        rows = stores.join(array(group, "id"), array(particles, "id"), "analysis.zarr against particles.zarr")
+        view = array(particles, "pose/rotation")[rows, 2].astype(float)
+        focus = array(particles, "ctf/defocus_u")[rows].astype(float)
+        shift = array(particles, "pose/shift")[rows].astype(float)
+    except Missing:
+        return ""
+    x, y, z = view.T
+    causes = {
+        "viewing direction": np.stack([x, y, z, x * y, y * z, z * x, x * x - y * y, 3 * z * z - 1], 1),
+        "defocus": np.stack([focus, focus**2], 1), "shift": np.concatenate([shift, shift**2], 1),
+    }  # fmt: skip
+    shown = min(3, coordinates.shape[1])
+    table = [(name, *(f"{100 * explained(c, coordinates[:, k]):.1f} %" for k in range(shown))) for name, c in causes.items()]
+    return (
+        page.heading("Do latents repeat pose or defocus?")
+        + page.text("Share of a component's variance that each predicts (linear fit, corrected for chance). Near zero is right; a high "
+                    "share means that the latent describes the image and not the molecule.")
+        + page.table(table, ("", *(f"PC {k + 1}" for k in range(shown))))
+    )  # fmt: skip
+
+
+def explained(causes: Array, values: Array) -> float:
+    """Adjusted R² of a linear fit of ``values`` (N,) by ``causes`` (N, K), not below 0."""
+    scaled = (causes - causes.mean(0)) / np.maximum(causes.std(0), 1e-12)
+    design = np.concatenate([np.ones((len(values), 1)), scaled], 1)
+    fit, *_ = np.linalg.lstsq(design, values, rcond=None)
+    unexplained = ((values - design @ fit) ** 2).sum() / max(((values - values.mean()) ** 2).sum(), 1e-30)
+    n, k = causes.shape
+    return float(max(0.0, 1 - unexplained * (n - 1) / max(n - k - 1, 1)))
+
+
+def states(results: Results) -> str:
+    """Population and picture of each state."""
+    found, group = results.store("analysis"), results.store("volumes")
+    weight, pixel = array(found, "states/weight"), float(group.attrs["pixel_size"])
+    count = min(SHOWN_STATES, len(weight))
+    volumes = [np.asarray(group["states"][k]) for k in range(count)]
+    names = [f"{k}: {weight[k]:.0%}" for k in range(count)]
+    more = f" The {count} largest are shown." if len(weight) > count else ""
+    said = f"State 0 is the largest; each volume is that of the particle nearest to the middle of its state.{more}"
+    grid = page.image(figures.state_grid(volumes, pixel, names), "Projections along z (above) and central slices (below), one grey scale.")
+    bars = page.curve(figures.populations(weight, len(array(found, "id"))), "Particles of each state (k-means on latents).")
+    return page.text(said, "Volumes are in volumes/; open volumes/open.cxc in ChimeraX.") + grid + bars
+
+
+def trajectories(results: Results) -> str:
+    """Film, frames and net change of each trajectory."""
+    group = results.store("volumes")
+    if "trajectories" not in group:
+        raise Missing("volumes.zarr has no trajectories")
+    lines, pixel = group["trajectories"], float(group.attrs["pixel_size"])
+    out = page.text("Each trajectory runs through places where particles are. Drag the slider to run through the steps.")
+    for t, name in enumerate(lines.attrs["names"]):
+        volumes = [np.asarray(lines[t, k]) for k in range(lines.shape[1])]
+        out += page.heading(str(name).capitalize())
+        out += page.flipbook(f"film{t}", figures.film(volumes), len(volumes), "Projections along z, y and x.")
+        steps = [f"step {k}" for k in range(len(volumes))]
+        out += page.image(figures.state_grid(volumes, pixel, steps), "Projections along z (above) and central slices (below).")
+        caption = "From first to last step: what appears (blue), what disappears (red), what stays (grey)."
+        out += page.image(figures.change(volumes[0], volumes[-1], pixel), caption)
+    return out
+
+
+def occupancy(results: Results) -> str:
+    """How often each part is there: mean occupancy over a sample of its Gaussians, for a sample of particles."""
+    group = results.store("model")
+    part = array(group, "anchors/part")[array(group, "gaussians/anchor")]
+    z = array(group, "latents")
+    rng = np.random.default_rng(0)
+    z = z[np.sort(rng.choice(len(z), min(SAMPLE, len(z)), replace=False))]
+    mixture = load(results.root / "model.zarr")
+    mass = np.abs(array(group, "gaussians/amplitude")).astype(float) * array(group, "gaussians/scale").astype(float) ** 3
+    columns = []
+    for k in range(int(part.max()) + 1):
+        members = np.flatnonzero((part == k) & (mass > 0))
+        if not len(members):
+            raise Missing(f"model.zarr: part {k + 1} has no Gaussians")
+        # Drawn by mass, so that the plain mean over the sample is the mass-weighted mean over the part.
+        picked = torch.from_numpy(rng.choice(members, PER_PART, p=mass[members] / mass[members].sum()))
+        feature = mixture.features[picked]
+        batches = [mixture.occupancies(b, feature).mean(1) for b in torch.from_numpy(z).split(64)]
+        columns.append(torch.cat(batches).numpy())
+    values = np.stack(columns, 1)
+    return page.text(
+        "Two humps mean that a part is absent from some particles; one hump near the top, that it is always there."
+    ) + page.curve(figures.occupancies(values), f"Mean occupancy of each part in {len(z):,} particles.")
+
+
+def evaluation(results: Results) -> str:
+    """Scores against the truth, where it is known."""
+    found = results.json("evaluation.json")
+    out = ""
+    drawn = results.root / "evaluation.png"
+    if drawn.exists():
+        out += page.image_file(drawn.read_bytes(), "png", "FSC of every state against its true volume.")
+    return out + page.story(found)
+
+
+def scores(results: Results) -> list[tuple[str, str]]:
+    """(value, name) of the evaluation's mean AUC, if there is one."""
+    return []
