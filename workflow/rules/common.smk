@@ -73,11 +73,14 @@ def resource(stage, name):
     return lambda wildcards, attempt: getattr(estimate.need(CONFIG, stage, DATA, SITE, attempt, THREADS), name)
 
 
-def config_file(wildcards):
+# Functions of `resources` are left out of what Snakemake compares: neither another name of the config nor another site reruns a stage.
+
+
+def config_file(wildcards, resources):
     return str(CONFIG_FILE)
 
 
-def alone(wildcards):
+def alone(wildcards, resources):
     """Prefix of a command that runs as one process."""
     return SITE.container if SITE else ""
 
@@ -106,6 +109,6 @@ def mpi(wildcards, threads, resources):
     return f"{SITE.mpi} {shape} {SITE.container}"
 
 
-if workflow.dryrun:
+if workflow.is_main_process:
     shown = [s for s in estimate.STAGES if (s != "simulate" or CONFIG.simulate) and (s != "evaluate" or TRUTH)]
     print(estimate.summary(CONFIG, shown, DATA, SITE, THREADS), file=sys.stderr)

@@ -1,0 +1,97 @@
+"""Resources follow the data, and a site's bounds are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cryospire.config import Config, Simulate, Train
+from cryospire.conventions import InputError
+from cryospire.site import estimate, settings
+from cryospire.site.estimate import Data
+from cryospire.site.settings import Site
+
+ROOT = Path(__file__).parents[2]
+LARGE = Data(1_000_000, 320, 256)
+
+
+@pytest.mark.parametrize("stage", estimate.STAGES)
+def test_more_data_never_asks_for_less(stage: str) -> None:
+    config = Config()
+    small, large = (estimate.need(config, stage, d, None, cores=4) for d in (Data(10_000, 128, 128), Data(1_000_000, 128, 128)))
+    wide = estimate.need(config, stage, Data(10_000, 256, 256), None, cores=4)
+    for other in (large, wide):
+        assert other.mem_mb >= small.mem_mb and other.runtime >= small.runtime and other.disk_mb >= small.disk_mb
+
+
+@pytest.mark.parametrize("stage", estimate.STAGES)
+def test_a_retry_gets_more(stage: str) -> None:
+    first, second = (estimate.need(Config(), stage, LARGE, Site(), attempt) for attempt in (1, 2))
+    assert second.mem_mb > first.mem_mb
+    assert second.runtime > first.runtime or first.runtime == Site().max_runtime
+
+
+def test_gpus_divide_the_lanes_and_fill_nodes() -> None:
+    site = Site(gpus_per_node=2, max_gpus=6)
+    found = estimate.need(Config(), "train", Data(20_000_000, 256, 256), site)
+    assert found.gpu == found.tasks == 4  # the largest power of two within six
+    assert found.nodes == 2
+    assert Train().lanes % found.tasks == 0
+
+
+def test_small_data_take_one_gpu() -> None:
+    assert estimate.need(Config(), "train", Data(10_000, 64, 64), Site(gpus_per_node=4)).gpu == 1
+
+
+def test_bounds_of_the_site() -> None:
+    found = estimate.need(Config(), "train", LARGE, Site(max_mem_mb=4000, max_runtime=90), attempt=3)
+    assert found.mem_mb == 4000 and found.runtime == 90
+
+
+def test_alone_there_is_one_task() -> None:
+    assert {estimate.need(Config(), s, LARGE, None).tasks for s in estimate.STAGES} == {1}
+
+
+def test_rows_and_box_of_a_star_file(tmp_path: Path) -> None:
+    star = tmp_path / "p.star"
+    star.write_text(
+        "# version 30001\n\ndata_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnImageSize #2\n1 96\n\n"
+        "data_particles\n\nloop_\n_rlnImageName #1\n_rlnAngleRot #2\n000001@a.mrcs 1.0\n000002@a.mrcs 2.0\n000003@a.mrcs 3.0\n"
+    )
+    assert estimate.measure(Config(particles=star)) == Data(3, 96, 96)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_rows_and_box_of_a_stack(tmp_path: Path, order: str) -> None:
+    stack = tmp_path / "p.mrcs"
+    stack.write_bytes(np.array([40, 40, 7], f"{order}i4").tobytes() + bytes(1012))
+    assert estimate.measure(Config(particles=stack)) == Data(7, 40, 40)
+
+
+def test_rows_and_box_of_a_cs_file(tmp_path: Path) -> None:
+    table = np.zeros(5, [("uid", "u8"), ("blob/shape", "u4", 2)])
+    table["blob/shape"] = 64
+    with (tmp_path / "p.cs").open("wb") as file:
+        np.save(file, table)
+    assert estimate.measure(Config(particles=tmp_path / "p.cs")) == Data(5, 64, 64)
+
+
+def test_simulated_size_needs_no_file() -> None:
+    assert estimate.measure(Config(simulate=Simulate(particles=50, box=32))) == Data(50, 32, 32)
+
+
+def test_summary_names_every_stage() -> None:
+    text = estimate.summary(Config(), ["preprocess", "train"], LARGE, Site(gpus_per_node=4))
+    assert "preprocess" in text and "GPU-hours" in text and "1,000,000 particles" in text
+
+
+def test_the_site_file_holds_the_defaults() -> None:
+    assert settings.load(ROOT / "cluster/site.yaml") == Site()
+
+
+def test_a_wrong_key_of_the_site_is_named(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("acount: x\n")
+    with pytest.raises(InputError, match="acount"):
+        settings.load(tmp_path / "site.yaml")
