@@ -19,6 +19,43 @@ Force = Annotated[bool, typer.Option("--force", help="replace a complete output"
 
 
 @app.command()
+def simulate(config: ConfigPath, output: Output, force: Force = False) -> None:
+    """Particles with a known truth, from an atomic model or the built-in phantom."""
+    from cryospire.stages import simulate as stage
+
+    stage.run(configuration.load(config), output=output, force=force)
+
+
+@app.command()
+def preprocess(
+    config: ConfigPath,
+    output: Output,
+    particles: Annotated[Path | None, typer.Option(help="instead of the config's particles")] = None,
+    force: Force = False,
+) -> None:
+    """Particle stack to whitened Zarr shards."""
+    from cryospire.stages import preprocess as stage
+
+    settings = configuration.load(config)
+    if particles is not None:
+        settings = settings.model_copy(update={"particles": particles})
+    stage.run(settings, output=output, force=force)
+
+
+@app.command()
+def consensus(
+    config: ConfigPath,
+    particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Rigid reconstruction of all particles: half-maps, FSC, mask."""
+    from cryospire.stages import consensus as stage
+
+    stage.run(configuration.load(config), particles=particles, output=output, force=force)
+
+
+@app.command()
 def discover(
     config: ConfigPath,
     particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
@@ -127,6 +164,25 @@ def status(results: Annotated[Path, typer.Argument(help="folder of the run")] = 
     from cryospire.stages import status as stage
 
     stage.run(results)
+
+
+@app.command()
+def export(
+    config: ConfigPath,
+    output: Annotated[Path, typer.Option("--output", help=".star or .cs as the source is, .pkl or .txt of rows", show_default=False)],
+    particles: Annotated[Path | None, typer.Option(help="the source, if not the configured one")] = None,
+    analysis: Annotated[Path | None, typer.Option(help="analysis.zarr, for --state and --box")] = None,
+    state: Annotated[list[int] | None, typer.Option(help="a state to keep; may be repeated")] = None,
+    box: Annotated[str | None, typer.Option(help="bounds on principal coordinates, COMPONENT:LOW:HIGH[,...]")] = None,
+    ids: Annotated[Path | None, typer.Option(help="text file of particle ids or image names, one a line")] = None,
+    force: Force = False,
+) -> None:
+    """A selection of particles back into RELION, cryoSPARC or cryoDRGN, every column kept."""
+    from cryospire.stages import export as stage
+
+    stage.run(
+        configuration.load(config), output, particles=particles, analysis=analysis, states=state or [], box=box, ids=ids, force=force
+    )
 
 
 def main() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cryospire.conventions import InputError
-from cryospire.io import metadata_cs, metadata_pkl, metadata_relion
-from cryospire.io.metadata_relion import write_star
-from cryospire.io.table import Optics, ParticleTable, check_stacks
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Optics", "ParticleTable", "check_stacks", "read", "write_star"]
+from cryospire.conventions import InputError
+from cryospire.io import metadata_cs, metadata_pkl, metadata_relion, metadata_star
+from cryospire.io.metadata_relion import write_star
+from cryospire.io.table import Optics, ParticleTable, check_stacks, images
+
+__all__ = ["Optics", "ParticleTable", "check_stacks", "copy_rows", "image_names", "images", "read", "write_star"]
 
 
 def read(
@@ -40,3 +43,21 @@ def read(
     else:
         table = metadata_pkl.read(particles, poses, ctf, datadir)
     return table if ind is None else table.take(metadata_pkl.indices(ind, len(table)))
+
+
+def image_names(particles: Path, *, passthrough: Sequence[Path] = (), datadir: Path | None = None) -> list[str]:
+    """Image name of every row of a particle file, ``000012@stack.mrcs``, from which ids are made.  Raises InputError."""
+    if particles.suffix == ".star":
+        return metadata_relion.image_names(particles)
+    if particles.suffix == ".cs":
+        return metadata_cs.image_names(particles, metadata_cs.joined(particles, passthrough))
+    return metadata_pkl.image_names(particles, datadir)
+
+
+def copy_rows(particles: Path, rows: NDArray[np.int64], output: Path) -> None:
+    """Write a selection of rows (0-based) in the source's own format and order: every block, column and byte of a row kept."""
+    if particles.suffix == ".star":
+        block = metadata_relion.particle_block(particles, metadata_star.scan(particles))
+        metadata_star.copy_rows(particles, block, rows, output)
+    else:
+        metadata_cs.write_rows(particles, rows, output)

@@ -177,6 +177,5 @@ def _notes(rows: NDArray[np.void], pose: Floats) -> list[str]:
 
 def write_rows(source: Path, rows: NDArray[np.int64], output: Path) -> None:
     """Write the given rows (0-based; they keep the source's order) of a .cs file bit for bit, same columns and types."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("wb") as f:
         np.lib.format.write_array(f, load(source)[np.sort(rows)], allow_pickle=False)

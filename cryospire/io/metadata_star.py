@@ -221,7 +221,6 @@ def copy_rows(source: Path, block: Block, rows: NDArray[np.int64], output: Path)
     kept = np.zeros(block.rows, bool)
     kept[rows] = True
     done = 0
-    output.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as f, output.open("wb") as out:
         out.write(f.read(block.start))
         for chunk in row_lines(source, block):
