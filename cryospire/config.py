@@ -20,10 +20,10 @@ class Simulate(Section):
 
     model: Path | None = Field(None, description="PDB or mmCIF file, plain or .gz; empty: the built-in phantom of protein-like domains")
     kind: Literal["conformational", "compositional", "mixed"] = Field("mixed", description="what differs between states: a moving group, absent groups, or both")
-    moving: list[str] = Field([], description="chains that turn about the hinge, as 'A' or 'A:1-110' (residues); empty: the phantom's own arm")
-    hinge: list[str] = Field([], description="two residues 'A:118' 'B:114' whose CA atoms span the axis; empty: the phantom's own")
+    moving: list[str] = Field([], description="chains that turn about the hinge, as 'A' or 'A:1-110' (residues), with a model; the phantom has its own arm")
+    hinge: list[str] = Field([], description="two residues, as 'B:222' 'B:238', whose CA atoms span the axis, with a model; the group turns about their middle")
     path: Literal["circle", "random"] = Field("circle", description="states along one dihedral (IgG-1D) or at random orientations of the group (IgG-RL)")
-    absent: list[list[str]] = Field([], description="groups of chains that are absent from some states; empty: the phantom's own arm tip")
+    absent: list[list[str]] = Field([], description="groups of chains that are absent from some states, with a model; the phantom has its own tip (compositional: three caps)")
     states: int = Field(20, ge=1)
     particles: int = Field(20_000, ge=2)
     uneven: bool = Field(False, description="state populations fall geometrically by a factor of five instead of being equal")
@@ -31,7 +31,7 @@ class Simulate(Section):
     pixel_size: float = Field(6.0, gt=0, description="Å")
     snr: float = Field(0.04, gt=0, description="signal variance over noise variance in this box (CryoBench: 0.01 at box 256 is 0.04 at 128)")
     shift: float = Field(10.0, ge=0, description="standard deviation of particle shifts, Å")
-    resolution: float = Field(0.0, ge=0, description="low-pass of the truth, Å; 0: 2.2 pixels")
+    resolution: float = Field(0.0, ge=0, description="of the truth, Å: an atom is a Gaussian of sd 0.225 of it, as in ChimeraX molmap, cut softly at Nyquist; 0: 2.2 pixels")
 
 
 class Preprocess(Section):

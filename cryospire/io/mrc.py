@@ -118,8 +118,14 @@ def write_volume(path: Path, array: NDArray[Any], pixel_size: float, origin: tup
         mrc.set_data(np.ascontiguousarray(array, np.float32))
         mrc.set_volume()
         mrc.voxel_size = pixel_size
+        _label(mrc)
         mrc.header.origin.x, mrc.header.origin.y, mrc.header.origin.z = origin
     temporary.replace(path)
+
+
+def _label(mrc: Any) -> None:
+    """One label without the time of day: the same data make the same bytes."""
+    mrc.header.label[0], mrc.header.nlabl = "cryospire", 1
 
 
 def write_stack(path: Path, images: NDArray[Any], pixel_size: float) -> None:
@@ -136,4 +142,5 @@ def create_stack(path: Path, n: int, box: int, pixel_size: float, dtype: np.dtyp
         with mrcfile.new_mmap(path, (n, box, box), mrc_mode=modes[np.dtype(dtype)], overwrite=True) as mrc:
             mrc.set_image_stack()
             mrc.voxel_size = pixel_size
+            _label(mrc)
     return np.memmap(path, np.dtype(dtype), "r+", HEADER_BYTES, (n, box, box))
