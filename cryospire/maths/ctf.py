@@ -66,3 +66,26 @@ def beam_tilt_phase(box: int, pixel_size: float, tilt: Tensor, voltage: Tensor, 
     factor = 2e-3 * math.pi * (cs.to(tilt.dtype) * 1e7) * wavelength(voltage.to(tilt.dtype)) ** 2
     along = sx * tilt[:, 0, None, None] + sy * tilt[:, 1, None, None]
     return factor.reshape(-1, 1, 1) * (sx**2 + sy**2) * along
+
+
+def zernike_phase(box: int, pixel_size: float, coefficients: list[float], first: int) -> Tensor:
+    """Phase (box, box // 2 + 1), radians, float64: RELION's sum of Zernike polynomials of the frequency in 1/Å.
+
+    ``coefficients`` run over orders n = first, first + 2, ... and m = -n, -n + 2, ..., n; ``first`` is 1 for
+    ``rlnOddZernike`` (images carry ``exp(i phase)``) and 0 for ``rlnEvenZernike``.
+    """
+    sx, sy = frequencies(box, pixel_size, torch.float64)
+    r, theta = torch.hypot(sx, sy), torch.atan2(sy, sx.expand(box, -1))
+    indices = [(n, m) for n in range(first, first + 2 * len(coefficients) + 2, 2) for m in range(-n, n + 1, 2)]
+    phase = torch.zeros_like(r)
+    for value, (n, m) in zip(coefficients, indices, strict=False):
+        angular = torch.cos(m * theta) if m >= 0 else torch.sin(-m * theta)
+        phase += value * _radial(n, abs(m), r) * angular
+    return phase
+
+
+def _radial(n: int, m: int, r: Tensor) -> Tensor:
+    """Zernike's radial polynomial R_n^m(r)."""
+    f = math.factorial
+    terms = [(-1) ** k * f(n - k) / (f(k) * f((n + m) // 2 - k) * f((n - m) // 2 - k)) * r ** (n - 2 * k) for k in range((n - m) // 2 + 1)]
+    return torch.stack(terms).sum(0)
