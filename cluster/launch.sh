@@ -21,7 +21,8 @@ nodes=$1 tasks=$2 cpus=$3
 shift 3
 job=${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-${JOB_ID:-$$}}}}
 digits=${job//[!0-9]/}
-export MASTER_PORT=${MASTER_PORT:-$((20000 + 10#${digits: -6} % 40000))}
+# Below the range from which the kernel gives ports to outgoing connections.
+export MASTER_PORT=${MASTER_PORT:-$((20000 + 10#${digits:0:15} % 12000))}
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     code=0

@@ -47,7 +47,7 @@ class Site(Section):
     container: str = Field("", description="prefix of every command, as 'apptainer exec --nv cryospire.sif'")
     tmpdir: str = Field("", description="node-local folder for temporary files")
     network_interface: str = Field("", description="interface of NCCL and gloo, as ib0; empty: their choice")
-    master_port: int = Field(0, ge=0, description="port of rank 0; 0: from the job id, between 20000 and 59999")
+    master_port: int = Field(0, ge=0, description="port of rank 0; 0: from the job id, between 20000 and 31999")
     logs: Path = Field(Path("slurm_logs"), description="folder of the jobs' own output")
 
 

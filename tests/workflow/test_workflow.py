@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files += ["results/preflight.json", "results/evaluation.json", "results/report.html", "data/particles.star", "data/particles.mrcs", "data/truth/labels.npy"]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_text("{}")
     write_config(folder, {})
     code, out = snakemake(folder, "--touch", "--forceall")
     assert code == 0, out

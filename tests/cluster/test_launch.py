@@ -1,0 +1,158 @@
+"""cluster/launch.sh, submit.py and status.py on a real SLURM of two nodes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, Slurm
+
+LAUNCH = ROOT / "cluster" / "launch.sh"
+SUBMIT = ROOT / "cluster" / "slurm" / "submit.py"
+STATUS = ROOT / "cluster" / "slurm" / "status.py"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def submit(slurm: Slurm, folder: Path, command: str, site: str = "{}", name: str = "job", **resources: object) -> str:
+    """Submit a command as Snakemake would; returns the job's id."""
+    properties = {"rule": name, "output": [str(folder / f"{name}.out")], "threads": 1, "resources": {"mem_mb": 500, "runtime": 5} | resources}
+    script = write(folder / f"{name}.sh", f"#!/bin/sh\n# properties = {json.dumps(properties)}\ncd {folder}\n{command}\n")
+    write(folder / "site.yaml", site)
+    return slurm.sh(f"{sys.executable} {SUBMIT} --site site.yaml {script}", cwd=folder).strip()
+
+
+def ends_as(slurm: Slurm, job: str, verdict: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while (found := slurm.sh(f"{sys.executable} {STATUS} {job}").strip()) == "running":
+        assert time.monotonic() < end, f"job {job} still runs after {seconds} s"
+        time.sleep(0.5)
+    assert found == verdict, slurm.sh(f"scontrol show job {job}; cat {slurm.base}/log/slurmd-node1.log | tail -n 20", check=False)
+
+
+def test_two_ranks_on_two_nodes_meet(slurm: Slurm, tmp_path: Path) -> None:
+    write(
+        tmp_path / "meet.py",
+        """
+        import os, torch
+        from cryospire.training.distributed import team
+        with team() as ranks:
+            print(ranks.rank, os.environ["SLURMD_NODENAME"], ranks.sum(10.0 ** ranks.rank)[0], flush=True)
+        """,
+    )
+    job = submit(slurm, tmp_path, f"{LAUNCH} 2 2 1 {sys.executable} meet.py > meet.out", nodes=2, tasks=2)
+    ends_as(slurm, job, "success")
+    assert sorted((tmp_path / "meet.out").read_text().splitlines()) == ["0 node1 11.0", "1 node2 11.0"]
+
+
+def test_a_killed_rank_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
+    write(
+        tmp_path / "die.py",
+        """
+        import os, signal, time
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(300)
+        """,
+    )
+    job = submit(slurm, tmp_path, f"{LAUNCH} 2 2 1 {sys.executable} die.py", nodes=2, tasks=2)
+    ends_as(slurm, job, "failed", 30)
+
+
+def test_near_its_limit_a_training_saves_itself_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
+    """The signal before the time limit reaches the ranks; exit code 75 puts the job back; the same job ends well."""
+    write(
+        tmp_path / "save.py",
+        """
+        import pathlib, signal, sys, time
+        saved = pathlib.Path("saved")
+        def save(number, frame):
+            saved.touch()
+            sys.exit(75)
+        signal.signal(signal.SIGUSR1, save)
+        if not saved.exists():
+            pathlib.Path("started").touch()
+            time.sleep(300)
+        pathlib.Path("went_on").touch()
+        """,
+    )
+    job = submit(slurm, tmp_path, f"CRYOSPIRE_REQUEUE_LIMIT=2 {LAUNCH} 1 1 1 {sys.executable} save.py")
+    slurm.until(f"ls {tmp_path}", "started")
+    slurm.sh(f"scancel --signal=USR1 {job}")  # what SLURM sends by itself signal_seconds before the limit
+    ends_as(slurm, job, "success", 90)
+    assert (tmp_path / "went_on").exists()
+    assert "Restarts=1" in slurm.sh(f"scontrol show job {job}")
+
+
+def test_what_sbatch_is_told(slurm: Slurm, tmp_path: Path) -> None:
+    site = """
+    partition: urgent
+    signal_seconds: 45
+    prologue: ["export FROM_PROLOGUE=yes"]
+    tmpdir: /var/tmp
+    logs: jobs
+    """
+    job = submit(slurm, tmp_path, "echo $FROM_PROLOGUE $TMPDIR $SLURM_JOB_GPUS; nvidia-smi -L; true", textwrap.dedent(site), gpu=2, runtime=7)
+    shown = slurm.sh(f"scontrol show job {job}")
+    ends_as(slurm, job, "success")
+    assert "Partition=urgent" in shown and "TimeLimit=00:07:00" in shown and "Requeue=1" in shown and "gpu:2" in shown
+    assert "yes /var/tmp 0,1" in (tmp_path / "jobs" / f"job-{job}.log").read_text()
+
+
+def test_a_job_in_the_queue_is_taken_up_again(slurm: Slurm, tmp_path: Path) -> None:
+    """After Snakemake was killed, its job lives on; the same outputs are not computed twice at once."""
+    first = submit(slurm, tmp_path, "sleep 60", name="long")
+    second = submit(slurm, tmp_path, "sleep 60", name="long")
+    other = submit(slurm, tmp_path, "true", name="short")
+    assert first == second != other
+    slurm.sh(f"scancel {first}")
+    ends_as(slurm, first, "failed")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "verdict"),
+    [("true", {}, "success"), ("exit 3", {}, "failed"), ("sleep 300", {"cancel": True}, "failed"), ("sleep 300", {"limit": True}, "failed")],
+    ids=["ends", "fails", "cancelled", "time-limit"],
+)
+def test_status(slurm: Slurm, tmp_path: Path, command: str, options: dict[str, bool], verdict: str) -> None:
+    job = submit(slurm, tmp_path, command, "requeue: false")
+    if options:
+        slurm.until(f"{sys.executable} {STATUS} {job}", "running")
+        slurm.until(f"squeue -h -j {job} -o %T", "RUNNING")
+    if options.get("cancel"):
+        slurm.sh(f"scancel {job}")
+    if options.get("limit"):
+        slurm.sh(f"scontrol update jobid={job} EndTime=now+1")
+    ends_as(slurm, job, verdict, 90)
+
+
+def test_a_wrong_site_key_is_named(slurm: Slurm, tmp_path: Path) -> None:
+    write(tmp_path / "site.yaml", "acount: mine\n")
+    out = slurm.sh(f"{sys.executable} {SUBMIT} --site site.yaml nothing.sh", cwd=tmp_path, check=False)
+    assert "acount" in out
+
+
+def test_status_waits_for_a_restarting_controller(slurm: Slurm, tmp_path: Path) -> None:
+    """Asked while the controller is away, the status script answers after its return, and with the truth."""
+    job = submit(slurm, tmp_path, "sleep 4")
+    slurm.until(f"squeue -h -j {job} -o %T", "RUNNING")
+    slurm.stop("slurmctld.pid")
+    out = slurm.sh(f"(sleep 3; slurmctld) & {sys.executable} {STATUS} {job}; wait", timeout=90)
+    assert out.split()[0] in ("running", "success")
+    ends_as(slurm, job, "success", 90)
+
+
+def test_a_preempted_job_is_a_failure_to_retry(slurm: Slurm, tmp_path: Path) -> None:
+    low = submit(slurm, tmp_path, "sleep 300", "{partition: cxl, requeue: false}", name="low", nodes=2, tasks=8, mem_mb=4000)
+    slurm.until(f"squeue -h -j {low} -o %T", "RUNNING")
+    high = submit(slurm, tmp_path, "true", "{partition: urgent, requeue: false}", name="high", nodes=2, tasks=8, mem_mb=4000)
+    ends_as(slurm, low, "failed", 60)
+    ends_as(slurm, high, "success", 60)
