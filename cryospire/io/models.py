@@ -69,12 +69,14 @@ def read(path: Path) -> AtomicModel:
     structure.remove_hydrogens()
     structure.remove_waters()
     structure.remove_alternative_conformations()
-    carbon_alpha = ("CA", "C")  # a calcium ion is CA too
-    rows = [
-        (atom.pos.tolist(), atom.element.atomic_number * atom.occ, chain.name, residue.seqid.num, (atom.name, atom.element.name) == carbon_alpha)
-        for chain in structure[0] for residue in chain for atom in residue
-    ]  # fmt: skip
-    if not rows:
+    atoms = [(chain.name, residue.seqid.num, atom) for chain in structure[0] for residue in chain for atom in residue]
+    if not atoms:
         raise InputError(f"{path}: holds no atoms")
-    position, weight, chain, residue, alpha = zip(*rows, strict=True)
-    return AtomicModel(path, np.array(position), np.array(weight, np.float64), np.array(chain), np.array(residue), np.array(alpha))
+    return AtomicModel(
+        path,
+        np.array([atom.pos.tolist() for _, _, atom in atoms]),
+        np.array([atom.element.atomic_number * atom.occ for _, _, atom in atoms]),
+        np.array([chain for chain, _, _ in atoms]),
+        np.array([residue for _, residue, _ in atoms]),
+        np.array([(atom.name, atom.element.name) == ("CA", "C") for _, _, atom in atoms]),  # a calcium ion is CA too
+    )
