@@ -184,6 +184,8 @@ def build(results: Results, title: str) -> str:
                 content = make(results)
             except Missing as why:
                 content = page.absent(f"Not in this run: {why}.")
+            except InputError as why:  # stores that do not fit each other, from different runs
+                content = page.absent(f"Cannot be shown: {why}.")
             shown.append((name, content))
     return page.page(title, f"cryospire {__version__} · {results.root}", tiles(results), shown)
 

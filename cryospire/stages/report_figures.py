@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 LOOK: Any = {
     "font.family": "sans-serif", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8795a1",
-    "axes.labelcolor": "#1d2b36", "axes.titlesize": 10, "axes.titleweight": "semibold", "axes.grid": True, "grid.color": "#e7edf1",
+    "axes.labelcolor": "#1d2b36", "axes.titlesize": 10, "axes.titleweight": "bold", "axes.grid": True, "grid.color": "#e7edf1",
     "axes.axisbelow": True, "xtick.color": "#5b6b78", "ytick.color": "#5b6b78", "legend.frameon": False, "legend.fontsize": 8.5,
     "svg.fonttype": "none", "svg.hashsalt": "cryospire", "lines.linewidth": 1.8,
 }  # fmt: skip
@@ -108,6 +108,14 @@ def fsc(curve: Array, box: int, pixel_size: float, resolution: float | None) -> 
     return drawn
 
 
+def _frame(ax: Axes, title: str, width: float) -> None:
+    """Axes of a picture on white: its width in Å below, no ticks."""
+    ax.set(xticks=[], yticks=[], title=title, xlabel=f"{width:.0f} Å")
+    ax.grid(False)
+    for side in ax.spines.values():
+        side.set(visible=True, color="#dde4ea")
+
+
 def three_views(volume: Array, pixel_size: float) -> Figure:
     """Central slices above, projections below, along z, y and x."""
     drawn, made = axes(6.6, 4.6, 3, 2)
@@ -116,7 +124,7 @@ def three_views(volume: Array, pixel_size: float) -> Figure:
     sums = [volume.sum(k) * pixel_size for k in range(3)]
     for k, name in enumerate(VIEWS):
         _grey(made[k], np.take(volume, middle, k), pixel_size, low, high, scalebar=k == 0)
-        _grey(made[3 + k], sums[k], pixel_size, min(s.min() for s in sums), max(s.max() for s in sums))
+        _grey(made[3 + k], sums[k], pixel_size, *np.percentile(sums[k], [0.5, 100]))
         made[k].set_title(f"slice {name}")
         made[3 + k].set_title(f"projection {name}")
     return drawn
@@ -124,7 +132,7 @@ def three_views(volume: Array, pixel_size: float) -> Figure:
 
 def histories(runs: Mapping[str, Mapping[str, Array]]) -> Figure:
     """Loss, spread of the latents and speed of each training against its epochs."""
-    rows = [("loss", "loss (negative log posterior a particle)"), ("latent_sd", "sd of latents"), ("images_per_second", "images / s")]
+    rows = [("loss", "loss per particle"), ("latent_sd", "sd of latents"), ("images_per_second", "images / s")]
     rows = [r for r in rows if any(r[0] in h for h in runs.values())]
     drawn, made = axes(3.3 * len(rows), 2.7 * len(runs), len(rows), len(runs))
     for r, (name, history) in enumerate(runs.items()):
@@ -133,7 +141,7 @@ def histories(runs: Mapping[str, Mapping[str, Array]]) -> Figure:
             ax.plot(history["epoch"], history[key], color=(BLUE, ORANGE)[r % 2], marker="o", ms=3)
             ax.set(xlabel="epoch", ylabel=label, title=name if c == 0 else "")
             if key != "loss":
-                ax.set_ylim(0)
+                ax.set_ylim(0, 1.1 * max(np.nanmax(history[key]), 1e-9))
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return drawn
 
@@ -155,7 +163,7 @@ def features(feature: Array, part: Array) -> Figure:
 
 def evidence(counts: Array, measures: Mapping[str, Array], chosen: int) -> Figure:
     """Each measure against the number of parts; the chosen number is marked."""
-    drawn, made = axes(2.5 * len(measures), 2.6, len(measures))
+    drawn, made = axes(1.9 * len(measures), 2.2, len(measures))
     for ax, (name, values) in zip(made, measures.items(), strict=True):
         ax.plot(counts, values, color=BLUE, marker="o", ms=4)
         ax.axvline(chosen, color=ORANGE, lw=1.2, ls=":")
@@ -173,9 +181,7 @@ def coloured_projections(densities: Sequence[Array], pixel_size: float) -> Figur
         # Ink on paper: a part takes away what its colour lacks.
         ink = sum((s / top)[..., None] * (1 - np.array(to_rgb(colour(k)))) for k, s in enumerate(sums))
         ax.imshow(np.clip(1 - np.asarray(ink), 0, 1), origin="lower", interpolation="bilinear")
-        n = densities[0].shape[0]
-        ax.set(xticks=[], yticks=[], title=name, xlabel=f"{n * pixel_size:.0f} Å")
-        ax.grid(False)
+        _frame(ax, name, densities[0].shape[0] * pixel_size)
     return drawn
 
 
@@ -216,10 +222,10 @@ def umap_plane(plane: Array, label: Array) -> Figure:
     return drawn
 
 
-def populations(weight: Array, total: int) -> Figure:
+def populations(weight: Array) -> Figure:
     drawn, (ax,) = axes(5.0, 2.3)
-    ax.bar(range(len(weight)), weight * total, color=palette(len(weight)))
-    ax.set(xlabel="state", ylabel="particles", xticks=range(len(weight)))
+    ax.bar(range(len(weight)), 100 * weight, color=palette(len(weight)))
+    ax.set(xlabel="state", ylabel="particles (%)", xticks=range(len(weight)))
     ax.grid(False, axis="x")
     return drawn
 
@@ -265,34 +271,22 @@ def change(first: Array, last: Array, pixel_size: float) -> Figure:
         ink = common[..., None] * 0.45 + 1.6 * gained[..., None] * (1 - np.array(to_rgb("#0072b2")))
         ink = ink + 1.6 * lost[..., None] * (1 - np.array(to_rgb("#d1495b")))
         ax.imshow(np.clip(1 - ink, 0, 1), origin="lower", interpolation="bilinear")
-        ax.set(xticks=[], yticks=[], title=name, xlabel=f"{first.shape[0] * pixel_size:.0f} Å")
-        ax.grid(False)
+        _frame(ax, name, first.shape[0] * pixel_size)
     return drawn
 
 
 def film(volumes: Sequence[Array]) -> bytes:
-    """PNG of all frames, one below the other; a frame is the projections along z, y and x side by side on one grey scale."""
+    """PNG of all frames, one below the other; a frame is the projections along z, y and x, each direction on its own grey scale."""
     from matplotlib.image import imsave
+    from scipy.ndimage import zoom
 
-    frames = [np.concatenate([v.sum(k)[::-1] for k in range(3)], axis=1) for v in volumes]
-    grow = max(1, round(240 / volumes[0].shape[0]))
-    sheet = np.kron(np.concatenate(frames), np.ones((grow, grow)))
+    views = np.stack([[v.sum(k)[::-1] for k in range(3)] for v in volumes])  # (step, direction, row, column)
+    views = views / np.maximum(views.max((0, 2, 3), keepdims=True), 1e-30)
+    grow = max(1, round(280 / volumes[0].shape[0]))
+    frames = [zoom(np.concatenate(list(v), 1), grow, order=1, grid_mode=True, mode="nearest") for v in views]
     buffer = io.BytesIO()
-    imsave(buffer, sheet, cmap="gray", vmin=0, vmax=max(f.max() for f in frames), format="png")
+    imsave(buffer, np.concatenate(frames), cmap="gray", vmin=0, vmax=1, format="png")
     return buffer.getvalue()
-
-
-def curves(lines: Mapping[str, Array], spread: Mapping[str, Array], box: int, pixel_size: float) -> Figure:
-    """FSC curves against the truth, with bands of one sd over states."""
-    drawn, (ax,) = axes(5.2, 3.1)
-    for k, (name, mean) in enumerate(lines.items()):
-        x = np.arange(len(mean)) / (box * pixel_size)
-        ax.plot(x, mean, label=name, color=(BLUE, ORANGE, GREY)[k % 3])
-        if name in spread:
-            ax.fill_between(x, mean - spread[name], mean + spread[name], alpha=0.15, lw=0, color=(BLUE, ORANGE, GREY)[k % 3])
-    ax.set(xlabel="spatial frequency (1/Å)", ylabel="FSC with the truth", ylim=(-0.05, 1.04))
-    ax.legend()
-    return drawn
 
 
 def durations(names: Sequence[str], seconds: Sequence[float], memory: Sequence[float]) -> Figure:

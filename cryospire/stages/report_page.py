@@ -40,6 +40,8 @@ input[type=range] { width:100%; max-width:900px; accent-color:var(--accent) }
 @media print { nav,input { display:none } section { break-inside:avoid; border:0 } body { background:#fff } }
 """
 
+INCH = 100  # pixels of the page
+
 SCRIPT = """
 document.querySelectorAll('input[data-flip]').forEach(function (s) {
   var box = document.getElementById(s.dataset.flip), n = +s.max;
@@ -73,19 +75,21 @@ def picture(data: bytes, kind: str) -> str:
 
 def curve(drawn: Figure, caption: str) -> str:
     """A matplotlib figure of lines, as SVG."""
-    return image_file(_saved(drawn, "svg"), "svg+xml", caption)
+    return _drawn(drawn, "svg", caption)
 
 
 def image(drawn: Figure, caption: str) -> str:
-    """A matplotlib figure of images or clouds of points, as PNG."""
-    return image_file(_saved(drawn, "png"), "png", caption)
+    """A matplotlib figure of images or clouds of points, as PNG of twice the resolution shown."""
+    return _drawn(drawn, "png", caption)
 
 
-def _saved(drawn: Figure, kind: str) -> bytes:
+def _drawn(drawn: Figure, kind: str, caption: str) -> str:
     buffer = io.BytesIO()
     # No date inside, so that the same results give the same bytes.
-    drawn.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.05, metadata={"Date": None} if kind == "svg" else {})
-    return buffer.getvalue()
+    drawn.savefig(buffer, format=kind, dpi=180, metadata={"Date": None} if kind == "svg" else {})
+    source = picture(buffer.getvalue(), "svg+xml" if kind == "svg" else kind)
+    width = round(INCH * drawn.get_figwidth())  # so that letters have one size all over the page
+    return _captioned(f'<img style="width:{width}px" src="{source}" alt="{escape(caption, quote=True)}">', caption)
 
 
 def _captioned(content: str, caption: str) -> str:

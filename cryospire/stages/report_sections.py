@@ -89,7 +89,7 @@ def latents(results: Results) -> str:
             blocks.append(page.image(drawn, caption.format("second and third")))
     if "umap" in group:
         drawn = figures.umap_plane(stores.read(group, "umap"), array(group, "clusters/label"))
-        caption = "UMAP of all latent dimensions, coloured by state. Distances between islands mean little."
+        caption = "UMAP of all latent dimensions, coloured by state. It can tear a smooth cloud into islands: trust the density."
         blocks.append(page.image(drawn, caption))
     return "".join(page.row(*blocks[k : k + 2]) for k in range(0, len(blocks), 2)) + leakage(results, group, coordinates)
 
@@ -131,15 +131,15 @@ def explained(causes: Array, values: Array) -> float:
 
 def states(results: Results) -> str:
     """Population and picture of each state."""
-    found, group = results.store("analysis"), results.store("volumes")
-    weight, pixel = array(found, "states/weight"), float(group.attrs["pixel_size"])
+    group = results.store("volumes")
+    weight, pixel = array(group, "weight"), float(group.attrs["pixel_size"])
     count = min(SHOWN_STATES, len(weight))
     volumes = [np.asarray(group["states"][k]) for k in range(count)]
     names = [f"{k}: {weight[k]:.0%}" for k in range(count)]
     more = f" The {count} largest are shown." if len(weight) > count else ""
     said = f"State 0 is the largest; each volume is that of the particle nearest to the middle of its state.{more}"
     grid = page.image(figures.state_grid(volumes, pixel, names), "Projections along z (above) and central slices (below), one grey scale.")
-    bars = page.curve(figures.populations(weight, len(array(found, "id"))), "Particles of each state (k-means on latents).")
+    bars = page.curve(figures.populations(weight), "Share of the particles in each state (k-means on latents).")
     return page.text(said, "Volumes are in volumes/; open volumes/open.cxc in ChimeraX.") + grid + bars
 
 
