@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
     check_fit(states, settings)
     table, labels = make_table(settings, config.seed, output)
     density = signal_scale(states, table, labels, settings)
-    states = States(states.position, states.weight * density, states.rotation, states.angle, states.absent)
+    states = replace(states, weight=states.weight * density)
     star.unlink(missing_ok=True)
     write_truth(output / "truth", molecule, states, labels, settings, config.seed)
     write_images(output, states, table, labels, settings, config.seed)
@@ -92,10 +92,15 @@ def check(settings: Simulate) -> None:
 
 
 def load(settings: Simulate) -> Molecule:
-    """The atomic model with its groups, or the phantom; centre of mass at the origin."""
-    if settings.model is None:
-        return molecules.phantom(caps=3 if settings.kind == "compositional" else 1)
-    model = models.read(settings.model)
+    """The atomic model or the phantom, with the groups that its kind of heterogeneity uses; centre of mass at the origin."""
+    molecule = read_model(settings.model, settings) if settings.model else molecules.phantom(caps=3 if settings.kind == "compositional" else 1)
+    if settings.kind == "compositional":
+        return replace(molecule, moving=torch.zeros_like(molecule.moving))
+    return replace(molecule, absent=molecule.absent[:0]) if settings.kind == "conformational" else molecule
+
+
+def read_model(path: Path, settings: Simulate) -> Molecule:
+    model = models.read(path)
     n = len(model.weight)
     absent = [model.group(names, f"simulate.absent[{k}]") for k, names in enumerate(settings.absent)]
     hinge = [model.alpha_carbon(name, "simulate.hinge") for name in settings.hinge] or [np.zeros(3), np.array([0.0, 0.0, 1.0])]
@@ -105,7 +110,7 @@ def load(settings: Simulate) -> Molecule:
         torch.from_numpy(model.position),
         torch.from_numpy(model.weight),
         torch.from_numpy(model.group(settings.moving, "simulate.moving")),
-        torch.from_numpy(np.array(absent).reshape(-1, n)),
+        torch.from_numpy(np.array(absent, bool).reshape(-1, n)),
         torch.from_numpy(np.array(hinge)),
     ).centred()
 
@@ -113,7 +118,7 @@ def load(settings: Simulate) -> Molecule:
 def make_states(molecule: Molecule, settings: Simulate, seed: int) -> States:
     """Every state: the moving group turned about the hinge, absent groups of weight 0.  State 0 is the model as it is."""
     count = settings.states
-    moves, vanishes = settings.kind != "compositional", settings.kind != "conformational"
+    moves = settings.kind != "compositional"
     angle = torch.zeros(count, dtype=torch.float64)
     rotation = torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
     if moves and settings.path == "circle":
@@ -122,7 +127,7 @@ def make_states(molecule: Molecule, settings: Simulate, seed: int) -> States:
     elif moves:
         angle = torch.full((count,), torch.nan, dtype=torch.float64)
         rotation[1:] = random_linkers(molecule, count - 1, seed)
-    choices = molecules.compositions(len(molecule.absent)) if vanishes else molecules.compositions(0)
+    choices = molecules.compositions(len(molecule.absent))
     if not moves and count > len(choices):
         raise InputError(f"simulate.states: {count} states, but {len(molecule.absent)} absent groups give only {len(choices)}")
     absent = choices[torch.arange(count) % len(choices)]
@@ -130,7 +135,7 @@ def make_states(molecule: Molecule, settings: Simulate, seed: int) -> States:
     pivot = molecule.hinge.mean(0)
     for k in range(count):
         position[k, molecule.moving] = molecules.turn(molecule.position[molecule.moving], rotation[k], pivot)
-    missing = (absent[:, :, None] & molecule.absent[None, : absent.shape[1]]).any(1)
+    missing = (absent[:, :, None] & molecule.absent).any(1)
     return States(position, torch.where(missing, 0.0, molecule.weight), rotation, angle, absent)
 
 
