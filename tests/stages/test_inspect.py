@@ -1,0 +1,59 @@
+"""The story names shapes, units, origin and completeness; the picture is one."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from cryospire.conventions import InputError
+from cryospire.io import stores
+from cryospire.stages import inspect
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, synthetic: SimpleNamespace) -> Path:
+    return synthetic.write_run(tmp_path_factory.mktemp("run"), 60)
+
+
+def test_story(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect.run(run_folder / "model.zarr")
+    told = capsys.readouterr().out
+    assert "cryospire.model version 1" in told and "24 px of 5.0 Å" in told and "incomplete" not in told and "complete" in told
+    line = next(line for line in told.splitlines() if "centre at zero motion" in line)
+    assert "120 gaussian × 3 xyz" in line and "float32" in line and " Å " in line
+
+
+def test_changed_inputs_are_told(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"before")
+    gone = tmp_path / "gone.bin"
+    inputs = {"kept": run_folder / "model.zarr", "edited": source, "gone": gone}
+    stores.create(tmp_path / "consensus.zarr", "consensus", config={}, seed=0, inputs=inputs, pixel_size=1, box=16)
+    source.write_bytes(b"after")
+    inspect.run(tmp_path / "consensus.zarr")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "model.zarr (unchanged)" in told and "source.bin (changed since)" in told and "gone.bin (no longer there)" in told
+    assert "incomplete: the stage that writes it has not finished" in told
+
+
+@pytest.mark.parametrize("name", ["particles", "consensus", "parts", "model", "analysis", "volumes"])
+def test_picture(run_folder: Path, tmp_path: Path, name: str) -> None:
+    inspect.run(run_folder / f"{name}.zarr", preview=tmp_path / f"{name}.png")
+    pixels = imread(tmp_path / f"{name}.png")[..., :3]
+    assert min(pixels.shape[:2]) > 100 and np.ptp(pixels) > 0.5
+
+
+def test_not_a_store(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere.zarr"):
+        done = subprocess.run([sys.executable, "-m", "cryospire", "inspect", str(path)], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == f"cryospire: error: {path}: no such store\n"
+
+
+def test_nothing_to_draw_yet(tmp_path: Path) -> None:
+    stores.create(tmp_path / "c.zarr", "consensus", config={}, seed=0, inputs={}, pixel_size=1, box=16)
+    with pytest.raises(InputError, match="nothing to draw yet"):
+        inspect.run(tmp_path / "c.zarr", preview=tmp_path / "c.png")
