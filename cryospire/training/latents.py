@@ -1,4 +1,4 @@
-"""Latents of the particles a rank owns, with their own Adam: only the rows of a batch are touched in a step."""
+"""Latents of the particles a rank owns: only the rows of a batch are touched in a step."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-12
+from cryospire.training.distributed import Team
+
+MEMORY = 0.2  # weight of a new probe in the running Fisher information
+REACH = 1.0  # longest step of a latent, in standard deviations of the prior
 
 
 class Latents:
-    """``z`` (n, D) for global rows ``start <= row < start + n``.
+    """``z`` (n, D) for global rows ``start <= row < start + n``, moved by natural gradients (Amari 1998).
 
-    torch's SparseAdam corrects its averages by the number of steps taken by the table; a row that is first met late in an epoch
-    would leap.  Here each row counts its own steps.
+    Images have unit noise, so the Fisher information of a latent is F = J^T J, J the derivative of the image; averaged over
+    particles it turns a gradient g of the negative log-likelihood into Newton's step under the prior,
+    ``z -= rate (F + lambda)^-1 (g + lambda z)``.  A particle moves as far as its image says; Adam, which divides by each row's
+    own gradient, would move a row that saw only noise as far as one that saw signal.
     """
 
     def __init__(self, z: Tensor, start: int) -> None:
         self.z, self.start = z, start
-        self.mean, self.square = torch.zeros_like(z), torch.zeros_like(z)
-        self.steps = torch.zeros(len(z), 1)
+        self.fisher = torch.zeros(z.shape[1], z.shape[1])
 
     def take(self, rows: NDArray[np.int64]) -> Tensor:
         return self.z[torch.from_numpy(rows - self.start)].requires_grad_()
 
-    def step(self, rows: NDArray[np.int64], grad: Tensor, lr: float) -> None:
-        """Adam (Kingma & Ba 2015, algorithm 1) on the given rows."""
+    def learn(self, probe: Tensor, team: Team) -> None:
+        """Update F from ``J^T e`` (B, D), e unit white noise: its covariance is J^T J (Hutchinson's estimator), over all ranks."""
+        dims = probe.shape[1]
+        total = torch.tensor(team.sum(*(probe.T @ probe).flatten().tolist(), float(len(probe))))
+        new = (total[:-1] / total[-1]).reshape(dims, dims).float()
+        self.fisher = torch.lerp(self.fisher, new, MEMORY) if self.fisher.any() else new
+
+    def step(self, rows: NDArray[np.int64], gradient: Tensor, precision: float, rate: float) -> None:
+        """``gradient`` (B, D) of the negative log-likelihood of each image; ``precision`` lambda of the prior."""
         at = torch.from_numpy(rows - self.start)
-        count = self.steps[at] + 1
-        mean = self.mean[at].lerp(grad, 1 - BETA1)
-        square = self.square[at].lerp(grad.square(), 1 - BETA2)
-        self.steps[at], self.mean[at], self.square[at] = count, mean, square
-        corrected = (square / (1 - BETA2**count)).sqrt() + EPS
-        self.z[at] -= lr * (mean / (1 - BETA1**count)) / corrected
-
-    def columns(self) -> Tensor:
-        """Everything of a row side by side (n, 3 D + 1), for checkpoints and stores."""
-        return torch.cat([self.z, self.mean, self.square, self.steps], 1)
-
-    def restore(self, columns: Tensor) -> None:
-        d = self.z.shape[1]
-        self.z, self.mean, self.square, self.steps = (c.clone() for c in columns.split([d, d, d, 1], 1))
+        metric = self.fisher + precision * torch.eye(self.z.shape[1])
+        step = rate * torch.linalg.solve(metric, (gradient + precision * self.z[at]).T).T
+        self.z[at] -= step * (REACH / step.norm(dim=1, keepdim=True).clamp(min=REACH))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from cryospire.training.latents import Latents
 from cryospire.training.model import Mixture
 
 AGREE_EVERY = 10  # steps between the ranks' agreement on stopping and on a finite loss
+PROBE_EVERY = 8  # steps between estimates of the latents' Fisher information
 RESUME = 75  # exit code of a run that saved itself and wants to be started again (EX_TEMPFAIL)
 
 
@@ -73,15 +75,15 @@ def fit(
     if saved is not None:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
-        latents.restore(saved["latents"][start:stop])
+        latents.z, latents.fisher = saved["latents"][start:stop].clone(), saved["fisher"]
         first_epoch, first_step, running, history = saved["epoch"], saved["step"], saved["running"], saved["history"]
         say(f"{stage}: resumed at epoch {first_epoch + 1}, step {first_step} of {per_epoch}")
 
     def keep(epoch: int, step: int) -> None:
-        columns = team.gather(latents.columns())
+        columns = team.gather(latents.z)
         total = team.sum(running)[0] if step else 0.0
         if columns is not None:
-            state = {"model": model.state_dict(), "adam": adam.state_dict(), "latents": columns, "epoch": epoch, "step": step, "history": history}
+            state = {"model": model.state_dict(), "adam": adam.state_dict(), "latents": columns, "fisher": latents.fisher, "epoch": epoch, "step": step, "history": history}
             checkpoint.save(folder, state | {"identity": identity, "running": total})
 
     wish = _signals()
@@ -97,17 +99,18 @@ def fit(
                     group["lr"] = rate * factor
                 zb = latents.take(batch.rows)
                 on = [t.to(team.device, non_blocking=True) for t in (zb, batch.rotation, batch.shift, batch.transfer, batch.images)]
+                if step % PROBE_EVERY == 0:
+                    latents.learn(probe(model, on, config, lanes, (seed, epoch, step)), team)
                 energy = likelihood(*on)
-                posterior = energy.sum() + config.lambda_z / 2 * on[0].square().sum()
                 # DDP averages over ranks; the share makes that the mean over the global batch.
-                count = max(1, len(batch.rows))
-                loss = posterior * (batch.share * team.size / count) + prior(model, config)
+                weight = batch.share * team.size / max(1, len(batch.rows))
+                loss = energy.sum() * weight + prior(model, config)
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
                 adam.step()
-                if len(batch.rows) and zb.grad is not None:
-                    latents.step(batch.rows, zb.grad * (count / (batch.share * team.size)), config.lr_z * factor)
-                running += float(posterior.detach())
+                running += float(energy.detach().sum() + config.lambda_z / 2 * zb.detach().square().sum())
+                gradient = zb.grad / weight if zb.grad is not None and len(batch.rows) else torch.zeros_like(zb)
+                latents.step(batch.rows, gradient, config.lambda_z, config.lr_z)
                 progress.advance(int(round(len(batch.rows) / batch.share)), f"epoch {epoch + 1}/{config.epochs}")
                 if (step + 1) % AGREE_EVERY == 0:
                     total, stops, overdue = team.sum(running, wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
@@ -139,9 +142,23 @@ def fit(
                 if team.sum(wish())[0]:
                     say(f"{stage}: stopped by a signal; saved after epoch {epoch + 1}: run the same command to go on")
                     raise Interrupted
-    columns = team.gather(latents.columns())
+    columns = team.gather(latents.z)
     model.to("cpu")
-    return (columns[:, : z.shape[1]] if columns is not None else None), history
+    return columns, history
+
+
+def probe(model: Mixture, batch: list[Tensor], config: Training, lanes: range, seed: tuple[int, ...]) -> Tensor:
+    """``J^T e`` (B, D) for white noise e in the images, J the derivative of the whitened model image by the latent.
+
+    The noise is drawn for the whole global batch, of which a rank takes its lanes: the same whatever the number of ranks.
+    """
+    z, rotation, shift, transfer, images = batch
+    noise = np.random.default_rng(seed).standard_normal((config.batch, *images.shape[1:]), dtype=np.float32)
+    first = lanes.start * (config.batch // config.lanes)
+    mine = torch.from_numpy(noise[first : first + len(z)]).to(images.device)
+    back = torch.fft.irfft2(torch.fft.rfft2(mine) * transfer, s=mine.shape[1:])
+    zs = z.detach().requires_grad_()
+    return torch.autograd.grad((model.project(zs, rotation, shift) * back).sum(), zs)[0].cpu()
 
 
 def prior(model: Mixture, config: Training) -> Tensor:

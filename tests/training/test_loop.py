@@ -35,22 +35,24 @@ def train(store: Path, folder: Path, **changes: object) -> tuple[torch.Tensor | 
     return z, model, history
 
 
-def test_latent_adam_is_adam_when_every_row_is_met() -> None:
+def test_latents_reach_the_maximum_a_posteriori_of_a_linear_model() -> None:
+    """Images ``x = A z + noise`` under a unit prior have the known answer ``(A^T A + I)^-1 A^T x``."""
     g = torch.Generator().manual_seed(0)
-    start = torch.randn(6, 3, generator=g)
-    mine, theirs = Latents(start.clone(), 10), start.clone().requires_grad_()
-    adam = torch.optim.Adam([theirs], lr=0.05, eps=1e-12)
-    for _ in range(20):
-        grad = torch.randn(6, 3, generator=g)
-        theirs.grad = grad.clone()
-        adam.step()
-        mine.step(np.arange(10, 16), grad, 0.05)
-    torch.testing.assert_close(mine.z, theirs.detach(), rtol=1e-4, atol=1e-5)
+    matrix = torch.randn(30, 3, generator=g) @ torch.diag(torch.tensor([1.0, 0.5, 0.2]))
+    truth = torch.randn(500, 3, generator=g)
+    images = truth @ matrix.T + torch.randn(500, 30, generator=g)
+    table, rows = Latents(torch.zeros(500, 3), 0), np.arange(500)
+    with team() as alone:
+        for _ in range(50):
+            table.learn(torch.randn(500, 30, generator=g) @ matrix, alone)
+            table.step(rows, (table.z @ matrix.T - images) @ matrix, 1.0, 1.0)
+    answer = torch.linalg.solve(matrix.T @ matrix + torch.eye(3), (images @ matrix).T).T
+    torch.testing.assert_close(table.z, answer, rtol=1e-3, atol=1e-3)
 
 
 def test_a_row_is_untouched_by_batches_without_it() -> None:
     table = Latents(torch.zeros(5, 2), 0)
-    table.step(np.array([1, 3]), torch.ones(2, 2), 0.1)
+    table.step(np.array([1, 3]), torch.ones(2, 2), 1.0, 0.1)
     assert torch.equal(table.z[[0, 2, 4]], torch.zeros(3, 2)) and (table.z[[1, 3]] < 0).all()
 
 
