@@ -111,7 +111,7 @@ def client(config: Config) -> Iterator[Client]:
         address: Any = os.environ.get("DASK_SCHEDULER_ADDRESS")
         if not address:
             n = config.preprocess.workers
-            quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+            quiet: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
             address = stack.enter_context(LocalCluster(n_workers=n, processes=n > 1, threads_per_worker=1, memory_limit=0, **quiet))
         yield stack.enter_context(Client(address))
 
