@@ -93,8 +93,9 @@ def check(settings: Simulate) -> None:
 
 def load(settings: Simulate) -> Molecule:
     """The atomic model or the phantom, with the groups that its kind of heterogeneity uses; centre of mass at the origin."""
-    molecule = read_model(settings.model, settings) if settings.model else molecules.phantom(caps=3 if settings.kind == "compositional" else 1)
-    if settings.kind == "compositional":
+    compositional = settings.kind == "compositional"
+    molecule = read_model(settings.model, settings) if settings.model else molecules.phantom(caps=3 if compositional else 1)
+    if compositional:
         return replace(molecule, moving=torch.zeros_like(molecule.moving))
     return replace(molecule, absent=molecule.absent[:0]) if settings.kind == "conformational" else molecule
 

@@ -1,0 +1,107 @@
+"""How much of a known truth was found: latents against labels, parts and motions against the true ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def group_means(values: Tensor, label: Tensor, groups: int) -> Tensor:
+    """Means (groups, D) of the rows of values (N, D) that carry each label (N,); nan where there are none."""
+    total = torch.zeros(groups, values.shape[1], dtype=values.dtype).index_add_(0, label, values)
+    return total / torch.bincount(label, minlength=groups)[:, None]
+
+
+def separation(latents: Tensor, label: Tensor, groups: int) -> Tensor:
+    """Between over within variance (groups,): squared distance of a state's mean from the mean of states, over its own scatter's trace."""
+    mean = group_means(latents, label, groups)
+    within = group_means((latents - mean[label]).square().sum(1, keepdim=True), label, groups)[:, 0]
+    return (mean - mean.nanmean(0)).square().sum(1) / within
+
+
+@dataclass(frozen=True)
+class Lumps:
+    """One state's latents along the axis on which they are most divided: ``valley`` is the density between the two modes over that of
+    the lower one (1: a single mode) and ``main`` the fraction of the state on the main mode's side (1: a single mode)."""
+
+    valley: float
+    main: float
+
+
+def lumps(latents: Tensor, share: float = 0.05, iterations: int = 50) -> Lumps:
+    """Do latents (N, D) form one lump?  They are divided by 2-means and looked at along the line between the two means.
+
+    A second mode counts when at least ``share`` of the latents lie beyond the valley.
+    """
+    if len(latents) < 20:
+        return Lumps(1.0, 1.0)
+    x = latents - latents.mean(0)
+    x = x / x.std(0).clamp(min=1e-12)
+    along = x @ torch.linalg.svd(x, full_matrices=False)[2][0]
+    side = along > along.median()
+    for _ in range(iterations):
+        axis = x[side].mean(0) - x[~side].mean(0)
+        middle = (x[side].mean(0) + x[~side].mean(0)) / 2
+        new = (x - middle) @ axis > 0
+        if bool((new == side).all()) or new.all() or not new.any():
+            break
+        side = new
+    return _lumps_along(x @ (axis / axis.norm()), share)
+
+
+def _lumps_along(t: Tensor, share: float) -> Lumps:
+    """Deepest valley of a kernel density estimate of ``t`` (N,); Silverman's width, kept narrow by the quartiles."""
+    quartile = torch.quantile(t, torch.tensor([0.25, 0.75], dtype=t.dtype))
+    spread = torch.minimum(t.std(), (quartile[1] - quartile[0]) / 1.34) if quartile[1] > quartile[0] else t.std()
+    width = 0.9 * spread * len(t) ** -0.2
+    grid = torch.linspace(float(t.min()), float(t.max()), 256, dtype=t.dtype)
+    density = torch.exp(-(((grid[:, None] - t) / width) ** 2) / 2).sum(1)
+    left, right = torch.cummax(density, 0).values, torch.cummax(density.flip(0), 0).values.flip(0)
+    below = torch.searchsorted(t.sort().values, grid).to(t.dtype) / len(t)
+    allowed = (below >= share) & (below <= 1 - share)
+    ratio = torch.where(allowed, density / torch.minimum(left, right), torch.ones_like(density))
+    at = int(ratio.argmin())
+    if float(ratio[at]) > 0.8:
+        return Lumps(float(ratio[at]), 1.0)
+    return Lumps(float(ratio[at]), float(torch.maximum(below[at], 1 - below[at])))
+
+
+def rigid_motion(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotation (3, 3) and translation (3,) that take ``source`` (n, 3) to ``target`` (n, 3) with least weighted squares (Kabsch)."""
+    w = weight / weight.sum()
+    a, b = (w[:, None] * source).sum(0), (w[:, None] * target).sum(0)
+    u, _, vt = torch.linalg.svd((target - b).T @ (w[:, None] * (source - a)))
+    sign = torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ vt).sign())], dtype=u.dtype))
+    rotation = u @ sign @ vt
+    return rotation, b - rotation @ a
+
+
+def angle_between(a: Tensor, b: Tensor) -> float:
+    """Angle (degrees) of the rotation from a (3, 3) to b (3, 3)."""
+    cosine = ((a * b).sum() - 1) / 2
+    return math.degrees(math.acos(min(1.0, max(-1.0, float(cosine)))))
+
+
+def explained(latents: Tensor, label: Tensor, cause: Tensor) -> float:
+    """Leakage: share of the within-state variance of latents (N, D) that a linear function of ``cause`` (N, K) explains.
+
+    Adjusted R^2, at least 0; columns of ``cause`` may depend on each other.
+    """
+    groups = int(label.max()) + 1
+    y = latents - group_means(latents, label, groups)[label]
+    x = torch.cat([cause - cause.mean(0), torch.ones(len(cause), 1, dtype=cause.dtype)], 1)
+    residual = y - x @ (torch.linalg.pinv(x) @ y)
+    free = len(y) - int(torch.linalg.matrix_rank(x))
+    return max(0.0, 1 - float(residual.square().sum() / max(free, 1)) / float(y.square().sum() / max(len(y) - 1, 1)))
+
+
+def ranking_auc(score: Tensor, positive: Tensor) -> float:
+    """Probability that a positive has the higher score (area under the ROC curve), ties counting half; scores and positive (N,)."""
+    _, inverse, count = torch.unique(score, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    ranks = (last - (count.double() - 1) / 2)[inverse]
+    p, n = int(positive.sum()), int((~positive).sum())
+    return float("nan") if not p or not n else float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))

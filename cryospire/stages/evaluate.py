@@ -1,0 +1,185 @@
+"""Against a known truth, as CryoBench defines it: per-state mean latent -> volume -> masked signed FSC -> area.
+
+The same is done for differences from the mean volume, where one map for all states scores 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryospire import kernels
+from cryospire.config import Config
+from cryospire.conventions import InputError
+from cryospire.io import mrc, stores
+from cryospire.kernels.insertion import insert
+from cryospire.log import say
+from cryospire.maths import fourier, insertion, metrics, recovery
+from cryospire.stages import evaluate_figure, evaluate_model
+from cryospire.stages.evaluate_model import Segmentation
+from cryospire.training.data import Particles
+from cryospire.training.model import Mixture, load
+
+BATCH = 512  # images inserted at a time
+MEMORY = 1 << 31  # bytes of accumulators held at once
+
+
+@dataclass(frozen=True)
+class Truth:
+    """``volumes`` (S, z, y, x) and ``mask`` (z, y, x) on the particles' grid, ``label`` (N,) of every particle of the store.
+
+    States without particles are left out.
+    """
+
+    volumes: Tensor
+    mask: Tensor
+    label: Tensor
+    segmentation: Segmentation | None
+
+
+def run(config: Config, *, model: Path, consensus: Path, particles: Path, truth: Path, output: Path) -> None:
+    """model.zarr and what lies beside it (discovery.zarr, parts.zarr) against the truth -> evaluation.json and .png."""
+    group = stores.open_store(particles, "particles")
+    data = Particles(group)
+    known = load_truth(truth, data, stores.read(group, "source/row"))
+    if config.threads:
+        kernels.set_threads(config.threads)
+    found: dict[str, tuple[Mixture, Tensor]] = {}
+    for name, path in {"stage 1": model.parent / "discovery.zarr", "stage 2": model}.items():
+        if name == "stage 2" or path.exists():
+            found[name] = load(path), load_latents(path, data)
+    result: dict[str, Any] = {
+        "particles": len(data), "states": len(known.volumes), "box": data.box, "pixel_size": data.pixel_size, "methods": {}
+    }  # fmt: skip
+    say(f"evaluate: {len(data):,} particles, {len(known.volumes)} states; the area under a perfect FSC is 0.5")
+    say(f"{'':<18}{'AUC (sd)':>16}{'unmasked':>10}{'difference (sd)':>18}")
+    for name, volumes in methods(data, known, stores.open_store(consensus, "consensus"), found):
+        result["methods"][name] = score(volumes, known, data.pixel_size)
+        say(table_row(name, result["methods"][name]))
+    result["models"] = {name: evaluate_model.judge(m, z, known.label, known.segmentation, data) for name, (m, z) in found.items()}
+    if known.segmentation is not None:
+        for name, path in {"stage 1": model.parent / "parts.zarr", "stage 2": model}.items():
+            if name in found and path.exists():
+                parts = part_of_gaussians(path)
+                result["models"][name]["parts"] = evaluate_model.judge_parts(*found[name], known.label, known.segmentation, parts)
+    for name, values in result["models"].items():
+        say(evaluate_model.sentence(name, values))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    evaluate_figure.draw(result, {name: z for name, (_, z) in found.items()}, known.label, output.with_suffix(".png"))
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def load_truth(folder: Path, data: Particles, row: NDArray[np.int64]) -> Truth:
+    """Raises InputError where labels, volumes and particles do not fit together."""
+    files = sorted(folder.glob("vol_*.mrc"))
+    if not files or not (folder / "labels.npy").exists():
+        raise InputError(f"{folder}: expected vol_000.mrc, ... and labels.npy, as `cryospire simulate` writes them")
+    labels = np.load(folder / "labels.npy", allow_pickle=False)
+    if labels.ndim != 1 or len(labels) <= row.max():
+        raise InputError(f"{folder / 'labels.npy'}: {len(labels)} labels, but particles reach row {row.max() + 1} of their table")
+    label = torch.from_numpy(labels[row]).long()
+    if label.min() < 0 or int(label.max()) >= len(files):
+        raise InputError(f"{folder / 'labels.npy'}: labels reach from {label.min()} to {label.max()}, but there are {len(files)} volumes")
+    used, label = torch.unique(label, return_inverse=True)
+    volumes = torch.stack([on_grid(files[k], data) for k in used.tolist()])
+    mask = on_grid(folder / "mask.mrc", data).clamp(0, 1) if (folder / "mask.mrc").exists() else torch.ones_like(volumes[0])
+    path = folder / "segmentation.npz"
+    return Truth(volumes, mask, label, Segmentation.load(path, used.numpy()) if path.exists() else None)
+
+
+def on_grid(path: Path, data: Particles) -> Tensor:
+    """A volume Fourier-cropped to the particles' box."""
+    values, pixel_size = mrc.read_volume(path)
+    extent, expected = len(values) * pixel_size, data.box * data.pixel_size
+    if abs(extent - expected) > 1e-3 * expected or len(values) < data.box:
+        raise InputError(f"{path}: {len(values)} voxels of {pixel_size:g} Å; the particles have box {data.box} at {data.pixel_size:g} Å")
+    return fourier.crop(torch.from_numpy(values), data.box, 3)
+
+
+def load_latents(path: Path, data: Particles) -> Tensor:
+    """Latents (N, D) in the order of the particles."""
+    group = stores.open_store(path, "model" if (path / "anchors").exists() else "discovery")
+    rows = stores.join(data.id, stores.read(group, "id"), str(path))
+    return torch.from_numpy(stores.read(group, "latents")[rows]).float()
+
+
+def methods(data: Particles, known: Truth, consensus: Any, found: dict[str, tuple[Mixture, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Volumes (S, z, y, x) of every method, in the order of the table."""
+    halves = torch.from_numpy(stores.read(consensus, "half_maps")).float()
+    yield "consensus", halves.mean(0).expand(len(known.volumes), -1, -1, -1)
+    yield "known labels", back_project_states(data, known.label, len(known.volumes))
+    for name, (mixture, latents) in found.items():
+        yield name, render_states(mixture, recovery.group_means(latents, known.label, len(known.volumes)))
+
+
+def render_states(mixture: Mixture, latents: Tensor) -> Tensor:
+    """Volumes (S, z, y, x) at latents (S, D)."""
+    volumes = []
+    for z in latents:
+        centre, amplitude, scale = mixture.forward_gaussians(z[None])
+        volumes.append(kernels.render_volume(centre[0], amplitude[0], scale, mixture.box, mixture.pixel_size))
+    return torch.stack(volumes)
+
+
+def back_project_states(data: Particles, label: Tensor, states: int) -> Tensor:
+    """Volumes (S, z, y, x) by Fourier insertion of each state's own images: what the same data give with the answer known."""
+    pad = insertion.padding(data.box)
+    fine = pad * data.box
+    together = max(1, MEMORY // (12 * fine * fine * (fine // 2 + 1)))
+    volumes = []
+    for first in range(0, states, together):
+        count = min(together, states - first)
+        numerator, weight = insertion.accumulators(count, data.box, pad)
+        chosen = torch.nonzero((label >= first) & (label < first + count))[:, 0].numpy()
+        for rows in np.array_split(chosen, -(-len(chosen) // BATCH)):
+            images = torch.from_numpy(data.read(rows).astype(np.float32))
+            slices, weights = insertion.weighted_slices(images, data.transfer(rows), data.shift[rows] / data.pixel_size)
+            insert(numerator, weight, slices, weights, data.rotation[rows], label[rows] - first)
+        volumes += [insertion.reconstruct(n, w, data.box, data.pixel_size) for n, w in zip(numerator, weight, strict=True)]
+    return torch.stack(volumes)
+
+
+def score(volumes: Tensor, known: Truth, pixel_size: float) -> dict[str, Any]:
+    """Areas (mean, sd, median, and of every state), mean curves, and resolutions at 0.5, of volumes (S, z, y, x)."""
+    differences = known.volumes - known.volumes.mean(0)
+    changes = volumes - volumes.mean(0)
+    # Methods that give one map for all states have no differences: rounding noise is not a correlation.
+    if float(changes.abs().max()) < 1e-5 * float(volumes.abs().max()):
+        changes = torch.zeros_like(changes)
+    pairs = list(zip(volumes, known.volumes, changes, differences, strict=True))
+    curves = {
+        "auc": torch.stack([metrics.fsc(v, t, known.mask) for v, t, _, _ in pairs]),
+        "unmasked": torch.stack([metrics.fsc(v, t) for v, t, _, _ in pairs]),
+        "difference": torch.stack([metrics.fsc(c, d, known.mask) for _, _, c, d in pairs]),
+    }
+    result: dict[str, Any] = {name: summary(metrics.auc(curve)) for name, curve in curves.items()}
+    result["curves"] = {name: [round(float(x), 5) for x in curve.mean(0)] for name, curve in curves.items()}
+    result["resolution"] = summary(torch.tensor([metrics.resolution(c, 0.5, pixel_size) for c in curves["auc"]]))
+    return result
+
+
+def summary(values: Tensor) -> dict[str, Any]:
+    v = values.double()
+    sd = float(v.std()) if len(v) > 1 else 0.0
+    return {"mean": float(v.mean()), "sd": sd, "median": float(v.median()), "states": [round(float(x), 5) for x in v]}
+
+
+def part_of_gaussians(path: Path) -> Tensor:
+    """Part of every Gaussian: of stage 1 from parts.zarr, of stage 2 through the anchors of model.zarr."""
+    if (path / "anchors").exists() and (path / "gaussians").exists():
+        group = stores.open_store(path, "model")
+        return torch.from_numpy(stores.read(group, "anchors/part")[stores.read(group, "gaussians/anchor")]).long()
+    return torch.from_numpy(stores.read(stores.open_store(path, "parts"), "part")).long()
+
+
+def table_row(name: str, values: dict[str, Any]) -> str:
+    a, u, d = values["auc"], values["unmasked"], values["difference"]
+    return f"{name:<18}{a['mean']:>8.3f} ({a['sd']:.3f}){u['mean']:>10.3f}{d['mean']:>10.3f} ({d['sd']:.3f})"

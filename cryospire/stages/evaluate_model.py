@@ -1,0 +1,174 @@
+"""A trained mixture against the truth: lumps of its latents, its parts, their motion and their occupancy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
+
+from cryospire.maths import recovery
+from cryospire.training.data import Particles
+from cryospire.training.model import Mixture
+
+NEAR = 2.0  # pixels within which a Gaussian belongs to the nearest atom
+LIGHT = 0.05  # Gaussians of less than this fraction of the median mass are not counted
+SAMPLE = 4096  # particles whose occupancies are looked at
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """``position`` (A, 3) Å and ``part`` (A,) of the atoms.
+
+    ``rotation`` (S, P, 3, 3), ``translation`` (S, P, 3) and ``present`` (S, P) of every part in every state.
+    """
+
+    position: NDArray[np.float64]
+    part: NDArray[np.int64]
+    rotation: NDArray[np.float64]
+    translation: NDArray[np.float64]
+    present: NDArray[np.bool_]
+
+    @staticmethod
+    def load(path: Path, states: NDArray[np.int64]) -> Segmentation:
+        """The file that ``simulate`` writes, for some of its states."""
+        f = np.load(path, allow_pickle=False)
+        return Segmentation(f["position"], f["part"], f["rotation"][states], f["translation"][states], f["present"][states])
+
+    def atoms(self, state: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Positions and parts of the atoms that are present in a state."""
+        moved = np.einsum("aij,aj->ai", self.rotation[state][self.part], self.position) + self.translation[state][self.part]
+        here = self.present[state][self.part]
+        return moved[here], self.part[here]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """True part (G,) of every Gaussian, whether it counts (G,), and its mass (G,); centres (S, G, 3) Å at the states' mean latents."""
+
+    part: Tensor
+    counts: Tensor
+    mass: Tensor
+    centre: Tensor
+
+
+def judge(mixture: Mixture, latents: Tensor, label: Tensor, truth: Segmentation | None, data: Particles) -> dict[str, Any]:
+    """Latents: one lump a state? leakage of pose and defocus.  With a segmentation: motion and occupancy of the true parts."""
+    states = int(label.max()) + 1
+    result: dict[str, Any] = {"latents": judge_latents(latents.double(), label, states, data)}
+    if truth is not None:
+        assigned = assign(mixture, recovery.group_means(latents, label, states), truth)
+        result["motion"] = judge_motion(assigned, truth)
+        result["occupancy"] = judge_occupancy(mixture, latents, label, assigned, truth)
+    return result
+
+
+def judge_latents(latents: Tensor, label: Tensor, states: int, data: Particles) -> dict[str, Any]:
+    ratio = recovery.separation(latents, label, states)
+    lumps = [recovery.lumps(latents[label == k]) for k in range(states)]
+    # Poses enter by the nine entries of R and the products of its last row: what an even function of the view direction can leak.
+    view = data.rotation.double()[:, 2]
+    pose = torch.cat([data.rotation.double().flatten(1), (view[:, :, None] * view[:, None]).flatten(1)[:, [0, 1, 2, 4, 5]]], 1)
+    defocus = (data.ctf["defocus_u"].double() + data.ctf["defocus_v"].double())[:, None] / 2e4
+    return {
+        "between_over_within": {"mean": float(ratio.mean()), "states": [round(float(r), 4) for r in ratio]},
+        "main_lump": {"mean": float(np.mean([x.main for x in lumps])), "states": [round(x.main, 4) for x in lumps]},
+        "valley": {"mean": float(np.mean([x.valley for x in lumps])), "states": [round(x.valley, 4) for x in lumps]},
+        "leakage": {
+            "pose": recovery.explained(latents, label, pose),
+            "defocus": recovery.explained(latents, label, torch.cat([defocus, defocus**2], 1)),
+        },
+    }
+
+
+def assign(mixture: Mixture, means: Tensor, truth: Segmentation) -> Assignment:
+    """Every Gaussian votes, state by state, for the part of the atom nearest to it, with its occupancy there as weight."""
+    parts = truth.present.shape[1]
+    centres, votes, weights = [], torch.zeros(len(mixture.scale), parts), torch.zeros(len(mixture.scale))
+    for state, z in enumerate(means):
+        centre, amplitude, scale = mixture.forward_gaussians(z[None])
+        position, part = truth.atoms(state)
+        distance, nearest = cKDTree(position).query(centre[0].numpy())
+        weight = amplitude[0].abs() * scale**3
+        near = torch.from_numpy(distance < NEAR * mixture.pixel_size)
+        votes[torch.arange(len(votes)), torch.from_numpy(part[nearest])] += weight * near
+        weights += weight
+        centres.append(centre[0])
+    mass = weights / len(means)
+    counts = (votes.sum(1) > 0.5 * weights) & (mass > LIGHT * mass.median())
+    return Assignment(votes.argmax(1), counts, mass, torch.stack(centres))
+
+
+def judge_parts(mixture: Mixture, latents: Tensor, label: Tensor, truth: Segmentation, found: Tensor) -> dict[str, Any]:
+    """Adjusted Rand index between the parts that were found (G,) and the true ones, over Gaussians that lie on atoms."""
+    assigned = assign(mixture, recovery.group_means(latents, label, int(label.max()) + 1), truth)
+    kept = assigned.counts
+    return {
+        "adjusted_rand_index": float(adjusted_rand_score(assigned.part[kept].numpy(), found[kept].numpy())),
+        "found": len(torch.unique(found)), "true": truth.present.shape[1], "gaussians": int(kept.sum()), "of": len(kept),
+    }  # fmt: skip
+
+
+def judge_motion(assigned: Assignment, truth: Segmentation) -> list[dict[str, Any]]:
+    """For every part that moves: angle between its rigid motion from state 0 and the true one, beside the true angle (degrees)."""
+    result = []
+    for part in range(truth.present.shape[1]):
+        rotation = torch.from_numpy(truth.rotation[:, part])
+        chosen = assigned.counts & (assigned.part == part)
+        if not truth.present[0, part] or float((rotation - rotation[0]).abs().max()) < 1e-6 or int(chosen.sum()) < 4:
+            continue
+        states = [s for s in range(1, len(rotation)) if truth.present[s, part]]
+        true = [rotation[s] @ rotation[0].T for s in states]
+        centre, mass = assigned.centre[:, chosen].double(), assigned.mass[chosen].double()
+        fitted = [recovery.rigid_motion(centre[0], centre[s], mass)[0] for s in states]
+        error = [recovery.angle_between(a, b) for a, b in zip(fitted, true, strict=True)]
+        still = [recovery.angle_between(torch.eye(3, dtype=torch.float64), r) for r in true]
+        each = [round(e, 2) for e in error]
+        result.append({"part": part, "error": float(np.mean(error)), "angle": float(np.mean(still)), "states": each})
+    return result
+
+
+def judge_occupancy(mixture: Mixture, latents: Tensor, label: Tensor, assigned: Assignment, truth: Segmentation) -> list[dict[str, Any]]:
+    """For every part that is absent from some states: mean occupancy of its Gaussians in each particle against its true presence."""
+    sample = torch.linspace(0, len(latents) - 1, min(SAMPLE, len(latents))).round().long()
+    parts = [p for p in range(truth.present.shape[1]) if truth.present[:, p].any() and not truth.present[:, p].all()]
+    chosen = {p: assigned.counts & (assigned.part == p) for p in parts}
+    parts = [p for p in parts if chosen[p].any()]
+    if not parts:
+        return []
+    occupancy = torch.cat([mixture.occupancies(z, mixture.features) for z in latents[sample].split(128)])
+    result = []
+    for p in parts:
+        mass = assigned.mass[chosen[p]]
+        mean = (occupancy[:, chosen[p]] * mass).sum(1) / mass.sum()
+        present = torch.from_numpy(truth.present[label[sample].numpy(), p])
+        lumps = recovery.lumps(mean[:, None].double())
+        result.append(
+            {
+                "part": p, "auc": recovery.ranking_auc(mean, present), "valley": lumps.valley,
+                "present": float(mean[present].mean()), "absent": float(mean[~present].mean()),
+                "true_share": float(present.double().mean()),
+                "histogram": {k: torch.histc(mean[m], 40, 0, 1).long().tolist() for k, m in (("present", present), ("absent", ~present))},
+            }
+        )  # fmt: skip
+    return result
+
+
+def sentence(name: str, values: dict[str, Any]) -> str:
+    """What a model's entry says, in one line."""
+    z = values["latents"]
+    text = f"{name}: latents between/within {z['between_over_within']['mean']:.2f}, main lump {100 * z['main_lump']['mean']:.0f} %"
+    if "parts" in values:
+        p = values["parts"]
+        text += f"; {p['found']} parts for {p['true']}, adjusted Rand index {p['adjusted_rand_index']:.2f}"
+    for m in values.get("motion", []):
+        text += f"; part {m['part']} turned within {m['error']:.0f} of {m['angle']:.0f} degrees"
+    for o in values.get("occupancy", []):
+        text += f"; part {o['part']} present {o['present']:.2f}, absent {o['absent']:.2f} (AUC {o['auc']:.2f})"
+    return text
