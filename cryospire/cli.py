@@ -120,6 +120,21 @@ def assemble(
 
 
 @app.command()
+def evaluate(
+    config: ConfigPath,
+    model: Annotated[Path, typer.Option(help="model.zarr; discovery.zarr and parts.zarr are looked for beside it", show_default=False)],
+    consensus: Annotated[Path, typer.Option(help="consensus.zarr", show_default=False)],
+    particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
+    truth: Annotated[Path, typer.Option(help="folder of known volumes and labels", show_default=False)],
+    output: Output,
+) -> None:
+    """FSC of every state against the known truth; latents, parts, motion and occupancy too."""
+    from cryospire.stages import evaluate as stage
+
+    stage.run(configuration.load(config), model=model, consensus=consensus, particles=particles, truth=truth, output=output)
+
+
+@app.command()
 def report(
     config: ConfigPath,
     results: Annotated[Path, typer.Option(help="folder of the run", show_default=False)],
@@ -164,6 +179,20 @@ def status(results: Annotated[Path, typer.Argument(help="folder of the run")] = 
     from cryospire.stages import status as stage
 
     stage.run(results)
+
+
+@app.command()
+def preflight(
+    config: ConfigPath,
+    output: Annotated[Path, typer.Option("--output", help="preflight.json; the figure goes beside it", show_default=False)],
+    particles: Annotated[Path | None, typer.Option(help="instead of the config's particles")] = None,
+    sample: Annotated[int, typer.Option(min=2, help="particles that are read")] = 5000,
+    accept: Annotated[bool, typer.Option("--accept", help="go on in spite of a contradiction")] = False,
+) -> None:
+    """Decide sign, shifts, rotations, CTF, pixel size and hand from the data, and say what the run will cost."""
+    from cryospire.stages import preflight as stage
+
+    stage.run(configuration.load(config), output, particles=particles, sample=sample, accept=accept)
 
 
 @app.command()
