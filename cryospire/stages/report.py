@@ -58,14 +58,18 @@ def data(results: Results) -> str:
 def preflight(results: Results) -> str:
     """What was decided about conventions, with the evidence."""
     found = results.json("preflight.json")
-    out = ""
-    if isinstance(found, dict) and "verdict" in found:
-        verdict = found.pop("verdict")
-        out = page.story({"verdict": verdict} if isinstance(verdict, str) else verdict)
+    rows = [("✓" if v["ok"] else "✗", v["check"], v["found"], v["evidence"]) for v in found["verdict"]]
+    good = sum(v["ok"] for v in found["verdict"])
+    said = f"{good} of {len(rows)} checks agree with the table and the settings, on a sample of {found['sample']:,} particles."
+    estimate = [(stage, e.get("mem_mb"), e.get("runtime"), e.get("disk_mb")) for stage, e in found.get("estimate", {}).items()]
+    proposed = "".join(page.text(f"Proposed: set {k} to {v}.") for k, v in found.get("proposal", {}).items())
+    notes = "".join(page.text(note) for note in found.get("notes", []))
     drawn = results.root / "preflight.png"
-    if drawn.exists():
-        out += page.image_file(drawn.read_bytes(), "png", "Evidence of the preflight.")
-    return out + page.details("all numbers of the preflight", page.story(found))
+    shown = page.image_file(drawn.read_bytes(), "png", "Evidence under competing conventions.") if drawn.exists() else ""
+    return (
+        page.text(said) + proposed + page.table(rows, ("", "check", "found", "evidence")) + notes + shown
+        + page.details("estimate of time, memory and disk", page.table(estimate, ("stage", "memory (MB)", "time (min)", "disk (MB)")))
+    )  # fmt: skip
 
 
 def consensus(results: Results) -> str:

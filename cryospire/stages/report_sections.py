@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from cryospire.io import mrc, stores
+from cryospire.stages import evaluate_model
 from cryospire.stages import report_figures as figures
 from cryospire.stages import report_page as page
 from cryospire.stages.report_results import Missing, Results, array
@@ -187,15 +188,28 @@ def occupancy(results: Results) -> str:
 
 
 def evaluation(results: Results) -> str:
-    """Scores against the truth, where it is known."""
+    """Scores against the truth, where it is known, beside what the same images give without heterogeneity and with known labels."""
     found = results.json("evaluation.json")
-    out = ""
+    rows = []
+    for name, m in found["methods"].items():
+        auc, change = m["auc"], m["difference"]
+        spread = f"{auc['mean']:.3f} ({auc['sd']:.3f})", f"{change['mean']:.3f} ({change['sd']:.3f})"
+        rows.append((name, spread[0], f"{m['unmasked']['mean']:.3f}", spread[1], f"{m['resolution']['mean']:.1f}"))
+    head = ("method", "AUC, mean (sd)", "AUC without mask", "AUC of differences", "resolution at 0.5 (Å)")
+    said = page.text(
+        f"Each of {found['states']} true states against the volume at the mean latent of its particles: area under the FSC, at most 0.5.",
+        "Differences are from the mean volume, where one map for all states scores 0.",
+    )
+    more = "".join(page.text(f"{evaluate_model.sentence(name, values)}.") for name, values in found.get("models", {}).items())
     drawn = results.root / "evaluation.png"
-    if drawn.exists():
-        out += page.image_file(drawn.read_bytes(), "png", "FSC of every state against its true volume.")
-    return out + page.story(found)
+    shown = page.image_file(drawn.read_bytes(), "png", "FSC with the truth, and latents coloured by true state.") if drawn.exists() else ""
+    return said + page.table(rows, head) + more + shown
 
 
 def scores(results: Results) -> list[tuple[str, str]]:
-    """(value, name) of the evaluation's mean AUC, if there is one."""
-    return []
+    """(value, name) of the evaluation's mean areas, if there is one."""
+    try:
+        methods = results.json("evaluation.json")["methods"]
+    except Missing:
+        return []
+    return [(f"{methods[name]['auc']['mean']:.3f}", f"AUC {name}") for name in ("consensus", "stage 2") if name in methods]

@@ -14,7 +14,7 @@ from cryospire.log import duration
 
 # Stage -> what it writes, in the order of the workflow.
 STAGES = {
-    "simulate": "simulate/particles.star", "preflight": "preflight.json", "preprocess": "particles.zarr", "consensus": "consensus.zarr",
+    "simulate": "benchmarks/simulate.tsv", "preflight": "preflight.json", "preprocess": "particles.zarr", "consensus": "consensus.zarr",
     "discover": "discovery.zarr", "parts": "parts.zarr", "train": "model.zarr", "analyse": "analysis.zarr", "assemble": "volumes.zarr",
     "evaluate": "evaluation.json", "report": "report.html",
 }  # fmt: skip
@@ -94,7 +94,8 @@ def read(results: Path) -> list[Stage]:
 def cells(stage: Stage) -> list[str]:
     """A row of the table: stage, state, progress, epoch, loss, images/s, time left, memory, node, job."""
     last = stage.last
-    share = f"{100 * last['done'] / last['total']:.0f} %" if last.get("total") else ""
+    done = 1.0 if stage.state == "complete" else last["done"] / last["total"] if last.get("total") else None
+    share = f"{done:.0%}" if done is not None else ""
     number = {k: last.get(k) for k in ("epoch", "loss", "images_per_second", "memory_gb")}
     text = [f"{number[k]:{f}}" if number[k] is not None else "" for k, f in zip(number, ("d", ".3f", ",.0f", ".2f"), strict=True)]
     left = duration(stage.left) if stage.left is not None else ""
