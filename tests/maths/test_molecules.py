@@ -111,7 +111,8 @@ def test_domain_chain_is_self_avoiding_and_compact() -> None:
     n = len(atoms_) // 3
     chain = atoms_[:n]
     assert torch.allclose((chain[1:] - chain[:-1]).norm(dim=1), torch.tensor(3.8, dtype=torch.float64))
-    apart = torch.cdist(chain, chain) + 100 * torch.eye(n) + 100 * torch.diag(torch.ones(n - 1), 1) + 100 * torch.diag(torch.ones(n - 1), -1)
+    neighbours = torch.ones(n, n).tril(1).triu(-1)
+    apart = torch.cdist(chain, chain) + 100 * neighbours
     assert float(apart.min()) > molecules.CLEARANCE
     assert float(((chain / torch.tensor([15.0, 15, 18])) ** 2).sum(1).max()) < 1
 
