@@ -171,7 +171,7 @@ def _remarks(where: str, table: dict[str, Any]) -> list[str]:
     if off > 1e-6:
         notes.append(f"anisotropic magnification (up to {off:.2%}) is not corrected")
     if any(any(_zernike(where, c, t)) for c in ZERNIKE for t in table.get(c, [])):
-        notes.append("higher-order aberrations (rlnOddZernike, rlnEvenZernike) are kept and not corrected")
+        notes.append("odd aberrations (rlnOddZernike) are undone in the images; even aberrations (rlnEvenZernike) are not corrected")
     return notes
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch_ctf
 
-from cryospire.maths.ctf import beam_tilt_phase, ctf, wavelength
+from cryospire.maths.ctf import beam_tilt_phase, ctf, wavelength, zernike_phase
 
 
 def t(*values: float) -> torch.Tensor:
@@ -59,3 +59,19 @@ def test_beam_tilt_phase_is_torch_ctfs():
     inside[32] = inside[:, 32] = False  # an odd phase has no value at Nyquist
     ratio = complex_ctf(beam_tilt_mrad=t(0.4, -0.7)) / complex_ctf()  # theirs is exp(-i phase)
     assert (ratio - torch.exp(-1j * mine)).abs()[inside].max() < 5e-3
+
+
+def test_odd_zernike_of_a_beam_tilt_is_its_phase():
+    # RELION's TiltHelper::insertTilt writes a tilt as -scale tilt / 3 of Z(3, 1) = 3 r^3 - 2 r and twice that of Z(1, 1) = r.
+    tilt, cs, kv = (0.4, -0.7), 2.7, 300.0
+    x, y = (-2e4 * np.pi * cs * wavelength(t(kv)).item() ** 2 * b / 3 for b in tilt)
+    odd = zernike_phase(64, 1.3, [2 * y, 2 * x, 0, y, x, 0], 1)
+    # Images carry exp(i odd), and exp(-i beam_tilt_phase).
+    assert torch.allclose(odd, -beam_tilt_phase(64, 1.3, t(*tilt)[None], t(kv), t(cs))[0], atol=1e-9)
+
+
+def test_even_zernike_begins_with_piston_astigmatism_and_defocus():
+    r2 = zernike_phase(32, 2.0, [0, 0, 1.0], 0)  # orders (0, 0), (2, -2), (2, 0): 2 r^2 - 1
+    sx, sy = torch.fft.rfftfreq(32, 2.0).double(), torch.fft.fftfreq(32, 2.0).double()
+    assert torch.allclose(r2, 2 * (sx[None] ** 2 + sy[:, None] ** 2) - 1)
+    assert torch.allclose(zernike_phase(32, 2.0, [0, 0, 0, 1.0], 0), sx[None] ** 2 - sy[:, None] ** 2)
