@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 demo: .venv/installed
 	snakemake --profile cluster/local --configfile workflow/config/demo.yaml --quiet rules
-	cryospire summary demo/results
+	cryospire summary demo
 
 clean-demo:
 	rm -rf demo

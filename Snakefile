@@ -13,6 +13,7 @@ if CONFIG.simulate is not None:
     include: "workflow/rules/simulate.smk"
 
 
+include: "workflow/rules/preflight.smk"
 include: "workflow/rules/preprocess.smk"
 include: "workflow/rules/consensus.smk"
 include: "workflow/rules/discover.smk"

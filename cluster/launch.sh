@@ -14,7 +14,8 @@ if [ "$1" = rank ]; then # a rank, as started below
         address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
         export MASTER_ADDR=${address:-$first}
     fi
-    exec "$@"
+    # shellcheck disable=SC2086
+    exec ${CRYOSPIRE_CONTAINER:-} "$@"
 fi
 
 nodes=$1 tasks=$2 cpus=$3
@@ -36,9 +37,11 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     fi
     exit "$code"
 elif [ "$tasks" = 1 ]; then
-    exec "$@"
+    # shellcheck disable=SC2086
+    exec ${CRYOSPIRE_CONTAINER:-} "$@"
 elif [ "$nodes" = 1 ]; then
-    exec torchrun --standalone --nproc-per-node="$tasks" --no-python "$@"
+    # shellcheck disable=SC2086
+    exec ${CRYOSPIRE_CONTAINER:-} torchrun --standalone --nproc-per-node="$tasks" --no-python "$@"
 else
     MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
     export MASTER_ADDR

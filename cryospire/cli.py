@@ -214,6 +214,14 @@ def export(
     )
 
 
+@app.command()
+def summary(results: Annotated[Path, typer.Argument(help="folder of the run")] = Path("results")) -> None:
+    """What a run has found, and where report, volumes and stores are."""
+    from cryospire.stages import summary as stage
+
+    stage.run(results)
+
+
 def main() -> None:
     """Entry point: bad input ends with one line and exit code 2."""
     try:

@@ -138,8 +138,10 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         memory, seconds = 1000 + 40 * b**3 * 8 / 1e6, 300 * (b / 128) ** 2
     elif stage == "preprocess":
         block = config.preprocess.shard_mib * (4 if config.preprocess.dtype == "float16" else 2) * (data.source_box / b) ** 2
-        memory = config.preprocess.workers * (300 + 3 * block)
-        seconds, disk = n * (data.source_box / 128) ** 2 / CPU_IMAGES, n * image_mb / 2
+        workers = site.dask_workers if site else config.preprocess.workers
+        nodes, tasks = (min(site.dask_nodes, workers), workers) if site else (1, 1)
+        memory = (300 + 3 * block) if site else workers * (300 + 3 * block)
+        seconds, disk = n * (data.source_box / 128) ** 2 / CPU_IMAGES / workers, n * image_mb / 2
     elif stage == "consensus":
         memory, seconds, disk = 12 * (2 * b) ** 3 * 8 / 1e6 + 500, n * (b / 128) ** 2 / CPU_IMAGES, 5 * b**3 * 4 / 1e6
     elif stage in TRAININGS:

@@ -85,20 +85,31 @@ def alone(wildcards, resources):
     return SITE.container if SITE else ""
 
 
-def ddp(wildcards, threads, resources):
-    """Prefix that starts the ranks of a training: cluster/launch.sh inside a job, torchrun on one machine."""
-    if SITE is None:
-        return f"torchrun --standalone --nproc-per-node={resources.tasks} --no-python" if resources.tasks > 1 else ""
+def started_by(script, threads, resources):
+    """A script in cluster/ with the shape of the job, and what the site wants it to know."""
     variables = {
         "CRYOSPIRE_SRUN_FLAGS": SITE.srun_flags,
         "CRYOSPIRE_REQUEUE_LIMIT": SITE.requeue_limit if SITE.requeue else 0,
+        "CRYOSPIRE_CONTAINER": SITE.container,
         "MASTER_PORT": SITE.master_port or "",
         "NCCL_SOCKET_IFNAME": SITE.network_interface,
         "GLOO_SOCKET_IFNAME": SITE.network_interface,
     }
     given = " ".join(f"{k}={shlex.quote(str(v))}" for k, v in variables.items() if v != "")
-    script = Path(workflow.basedir) / "cluster" / "launch.sh"
-    return f"env {given} {script} {resources.nodes} {resources.tasks} {threads} {SITE.container}"
+    path = Path(workflow.basedir) / "cluster" / script
+    return f"env {given} {path} {resources.nodes} {resources.tasks} {threads}"
+
+
+def dask(wildcards, threads, resources):
+    """Prefix that starts dask workers over the nodes of a job; on one machine the stage starts its own."""
+    return started_by("dask.sh", threads, resources) if SITE else ""
+
+
+def ddp(wildcards, threads, resources):
+    """Prefix that starts the ranks of a training: cluster/launch.sh inside a job, torchrun on one machine."""
+    if SITE:
+        return started_by("launch.sh", threads, resources)
+    return f"torchrun --standalone --nproc-per-node={resources.tasks} --no-python" if resources.tasks > 1 else ""
 
 
 def mpi(wildcards, threads, resources):

@@ -1,5 +1,6 @@
 rule preprocess:
     input:
+        R / "preflight.json",
         source_files("particles", "poses", "ctf", "passthrough"),
         [SIMULATED / "particles.mrcs"] if CONFIG.simulate else [],
     output:
@@ -20,7 +21,7 @@ rule preprocess:
     params:
         settings=depends("preprocess", "datadir"),
         config=config_file,
-        launch=alone,
+        launch=dask,
     message:
         "preprocess: particle stack to whitened Zarr shards"
     shell:

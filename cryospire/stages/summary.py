@@ -1,0 +1,67 @@
+"""What a finished run has found and where everything lies: a dozen lines for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryospire.conventions import InputError
+from cryospire.io import stores
+
+
+def run(results: Path) -> None:
+    """Print the summary of a run's folder."""
+    if not results.is_dir():
+        raise InputError(f"{results}: no such folder of results")
+    print()
+    for line in lines(results):
+        print(line)
+
+
+def lines(results: Path) -> Iterator[str]:
+    """Findings first, then places; a stage that has not run yet is left out."""
+    for name, schema, tell in (
+        ("particles", "particles", particles), ("consensus", "consensus", consensus), ("parts", "parts", parts), ("analysis", "analysis", states),
+    ):  # fmt: skip
+        path = results / f"{name}.zarr"
+        if path.exists():
+            yield f"{name:<12}{tell(stores.open_store(path, schema))}"
+    if (results / "evaluation.json").exists():
+        yield from scores(json.loads((results / "evaluation.json").read_text()))
+    yield ""
+    places = {"report": "report.html", "volumes": "volumes", "part masks": "parts_masks", "stores": "*.zarr", "logs": "logs"}
+    for what, pattern in places.items():
+        found = sorted(results.glob(pattern))
+        if found:
+            yield f"{what:<12}{' '.join(str(p) for p in found)}"
+
+
+def particles(group: Any) -> str:
+    n, box = group["images"].shape[:2]
+    return f"{n:,}, box {box}, {group.attrs['pixel_size']:.3g} Å/pixel"
+
+
+def consensus(group: Any) -> str:
+    return f"{group.attrs['resolution']:.1f} Å (FSC 0.143 of half-maps)"
+
+
+def parts(group: Any) -> str:
+    part = stores.read(group, "part")
+    return f"{part.max() + 1} found, {len(stores.read(group, 'anchors/part'))} anchors"
+
+
+def states(group: Any) -> str:
+    weight = stores.read(group, "states/weight")
+    shares = ", ".join(f"{w:.0%}" for w in np.sort(weight)[::-1])
+    return f"{len(weight)} states ({shares}), {group['trajectories/latent'].shape[0]} trajectories"
+
+
+def scores(evaluation: dict[str, Any]) -> Iterator[str]:
+    """Area under the FSC against the truth, of every method beside the consensus map."""
+    yield f"truth       {evaluation['states']} states; area under the FSC (the best is 0.5), and of differences from the mean (a consensus: 0)"
+    for name, values in evaluation["methods"].items():
+        yield f"  {name:<16}{values['auc']['mean']:.3f}   differences {values['difference']['mean']:.3f}"
