@@ -95,8 +95,8 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
             with Progress("preprocess", len(table), metrics=output.parent / "logs" / "preprocess.metrics.jsonl") as progress:
                 tasks = [(output.absolute(), k, rows_of(table, rows), recipe) for k, rows in enumerate(shards(group["images"]))]
                 for n, variance in finished(workers, make_shard, tasks):
-                    progress.record(images=n, variance=variance)
                     progress.advance(n)
+                    progress.record(images=n, variance=variance)
         stores.finish(group)
     except InputError:
         if begun:
