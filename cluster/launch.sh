@@ -27,6 +27,7 @@ export MASTER_PORT=${MASTER_PORT:-$((20000 + 10#${digits:0:15} % 12000))}
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     code=0
+    export OMP_NUM_THREADS=$cpus # not every site binds a task to its CPUs
     # -K1: when one rank dies, all end.
     # shellcheck disable=SC2086
     srun -K1 -N "$nodes" -n "$tasks" -c "$cpus" ${CRYOSPIRE_SRUN_FLAGS:-} "$0" rank "$@" || code=$?

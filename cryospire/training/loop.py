@@ -182,7 +182,7 @@ def _signals() -> Callable[[], bool]:
 
 
 def start_threads(threads: int) -> None:
-    """CPU threads of this rank: as configured, or every CPU this process may run on."""
+    """CPU threads of this rank: as configured, or as the launcher says (OMP_NUM_THREADS), or every CPU this process may run on."""
     import os
 
-    kernels.set_threads(threads or len(os.sched_getaffinity(0)))
+    kernels.set_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))

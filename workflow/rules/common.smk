@@ -40,7 +40,7 @@ def checked_config():
 CONFIG_FILE, CONFIG, SITE = checked_config()
 R = CONFIG.output
 DATA = estimate.measure(CONFIG)
-THREADS = SITE.cpus_per_task if SITE else workflow.cores or 1
+THREADS = SITE.cpus_per_task if SITE else workflow.resource_settings.cores or 1
 SIMULATED = CONFIG.particles.parent
 TRUTH = CONFIG.truth or (SIMULATED / "truth" if CONFIG.simulate else None)
 
