@@ -53,7 +53,7 @@ def _scan(path: Path, f: BinaryIO) -> list[Block]:
         offset += len(raw)
         text = raw.strip()
         if number == 1:
-            if b"\0" in raw:
+            if b"\0" in raw or raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise InputError(f"{path}: line 1: not a text file (or UTF-16); expected a STAR file in UTF-8")
             text = text.removeprefix(b"\xef\xbb\xbf")
         if not text or text[0] == 35:  # '#'
