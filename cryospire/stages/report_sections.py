@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cryospire.io import mrc, stores
+from cryospire.io import stores
 from cryospire.stages import evaluate_model
 from cryospire.stages import report_figures as figures
 from cryospire.stages import report_page as page
@@ -52,23 +52,19 @@ def parts(results: Results) -> str:
 
 
 def coloured(results: Results, group: Any, part: Array, count: int) -> Any:
-    """Density of each part: the map inside its mask, else its Gaussians."""
-    pixel, box = float(group.attrs["pixel_size"]), int(group.attrs["box"])
-    paths = [results.root / "parts_masks" / f"part_{k + 1}.mrc" for k in range(count)]
-    if all(p.exists() for p in paths):
-        masks = [mrc.read_volume(p)[0] for p in paths]
-        try:
-            density = array(results.store("consensus"), "map")
-            if density.shape == masks[0].shape:
-                return figures.coloured_projections([np.clip(density, 0, None) * m for m in masks], pixel)
-        except Missing:
-            pass
-        return figures.coloured_projections(masks, pixel)
+    """Density of each part from its own coarse Gaussians, by mass where discovery.zarr tells it; soft masks would overlap."""
     from scipy.ndimage import gaussian_filter
 
+    pixel, box = float(group.attrs["pixel_size"]), int(group.attrs["box"])
+    try:
+        found = results.store("discovery")
+        mass = np.abs(array(found, "gaussians/amplitude")) * array(found, "gaussians/scale") ** 3
+    except Missing:
+        mass = np.ones(len(part))
     edges = [(np.arange(box + 1) - box // 2 - 0.5) * pixel] * 3
     zyx = array(group, "position")[:, ::-1]
-    return figures.coloured_projections([gaussian_filter(np.histogramdd(zyx[part == k], edges)[0], 1.5) for k in range(count)], pixel)
+    counts = [np.histogramdd(zyx[part == k], edges, weights=mass[part == k])[0] for k in range(count)]
+    return figures.coloured_projections([gaussian_filter(c, 1.0) for c in counts], pixel)
 
 
 def latents(results: Results) -> str:
