@@ -22,9 +22,12 @@ def separation(latents: Tensor, label: Tensor, groups: int) -> Tensor:
     return (mean - mean.nanmean(0)).square().sum(1) / within
 
 
+DEEP = 0.6  # a valley less deep than this is chance
+
+
 @dataclass(frozen=True)
 class Lumps:
-    """One state's latents along the axis on which they are most divided: ``valley`` is the density between the two modes over that of
+    """One state's latents along the line on which they are most divided: ``valley`` is the density between the two modes over that of
     the lower one (1: a single mode) and ``main`` the fraction of the state on the main mode's side (1: a single mode)."""
 
     valley: float
@@ -32,24 +35,23 @@ class Lumps:
 
 
 def lumps(latents: Tensor, share: float = 0.05, iterations: int = 50) -> Lumps:
-    """Do latents (N, D) form one lump?  They are divided by 2-means and looked at along the line between the two means.
+    """Do latents (N, D) form one lump?  They are looked at along their principal axes and the line between the means of 2-means.
 
-    A second mode counts when at least ``share`` of the latents lie beyond the valley.
+    A second mode counts when at least ``share`` of the latents lie beyond the valley and the valley is below ``DEEP``.
     """
     if len(latents) < 20:
         return Lumps(1.0, 1.0)
     x = latents - latents.mean(0)
-    x = x / x.std(0).clamp(min=1e-12)
-    along = x @ torch.linalg.svd(x, full_matrices=False)[2][0]
-    side = along > along.median()
+    axes = torch.linalg.svd(x, full_matrices=False)[2]
+    side = x @ axes[0] > 0
     for _ in range(iterations):
-        axis = x[side].mean(0) - x[~side].mean(0)
-        middle = (x[side].mean(0) + x[~side].mean(0)) / 2
-        new = (x - middle) @ axis > 0
-        if bool((new == side).all()) or new.all() or not new.any():
+        apart = x[side].mean(0) - x[~side].mean(0)
+        new = (x - (x[side].mean(0) + x[~side].mean(0)) / 2) @ apart > 0
+        if torch.equal(new, side) or new.all() or not new.any():
             break
         side = new
-    return _lumps_along(x @ (axis / axis.norm()), share)
+    found = [_lumps_along(x @ axis, share) for axis in (apart / apart.norm(), *axes[:4])]
+    return min(found, key=lambda f: f.valley)
 
 
 def _lumps_along(t: Tensor, share: float) -> Lumps:
@@ -64,7 +66,7 @@ def _lumps_along(t: Tensor, share: float) -> Lumps:
     allowed = (below >= share) & (below <= 1 - share)
     ratio = torch.where(allowed, density / torch.minimum(left, right), torch.ones_like(density))
     at = int(ratio.argmin())
-    if float(ratio[at]) > 0.8:
+    if float(ratio[at]) > DEEP:
         return Lumps(float(ratio[at]), 1.0)
     return Lumps(float(ratio[at]), float(torch.maximum(below[at], 1 - below[at])))
 
