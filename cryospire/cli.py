@@ -222,6 +222,30 @@ def summary(results: Annotated[Path, typer.Argument(help="folder of the run")] =
     stage.run(results)
 
 
+cluster = typer.Typer(no_args_is_help=True, help="The cluster that jobs go to.")
+app.add_typer(cluster, name="cluster")
+
+
+@cluster.command("check")
+def cluster_check(
+    site: Annotated[Path, typer.Option(help="settings of the site")] = Path("cluster/site.yaml"),
+    job: Annotated[bool, typer.Option("--job", help="also submit a job of two nodes: reachability, MPI, shared files")] = False,
+    launcher: Annotated[Path, typer.Option(help="starts the ranks of that job")] = Path("cluster/launch.sh"),
+) -> None:
+    """Scheduler, partitions, GPUs, MPI, file system and versions, and what would fail."""
+    from cryospire.stages import clustercheck
+
+    clustercheck.run(site, job=job, launcher=launcher)
+
+
+@cluster.command("probe", hidden=True)
+def cluster_probe(folder: Path) -> None:
+    """One rank of the check's job."""
+    from cryospire.stages import clustercheck
+
+    clustercheck.probe(folder)
+
+
 def main() -> None:
     """Entry point: bad input ends with one line and exit code 2."""
     try:

@@ -17,48 +17,14 @@ from typing import Any
 from snakemake.utils import read_job_properties
 
 from cryospire.conventions import InputError
-from cryospire.site.settings import Site, load
+from cryospire.site.sbatch import flags
+from cryospire.site.settings import load
 
 
 def name_of(properties: dict[str, Any]) -> str:
     """A name that only this rule with these outputs has."""
     outputs = "\n".join(str(Path(p).resolve()) for p in properties["output"])
     return f"cryospire-{properties['rule']}-{hashlib.blake2b(outputs.encode(), digest_size=6).hexdigest()}"
-
-
-def flags(site: Site, rule: str, threads: int, resources: dict[str, Any]) -> list[str]:
-    """Flags of sbatch for one job."""
-    nodes, tasks, gpu, mem = (int(resources.get(k, d)) for k, d in (("nodes", 1), ("tasks", 1), ("gpu", 0), ("mem_mb", 2000)))
-    given = {
-        "account": site.account,
-        "partition": (gpu and site.gpu_partition) or site.partition,
-        "qos": site.qos,
-        "reservation": site.reservation,
-        "constraint": site.constraint,
-        "exclude": site.exclude,
-        "mail-user": site.mail_user,
-        "mail-type": site.mail_type if site.mail_user else "",
-        "nodes": nodes,
-        "ntasks": tasks,
-        "cpus-per-task": threads,
-        "time": int(resources.get("runtime", 60)),
-        "output": site.logs / f"{rule}-%j.log",
-        "open-mode": "append",
-        "signal": f"USR1@{site.signal_seconds}" if site.signal_seconds else "",
-    }
-    found = [f"--{key}={value}" for key, value in given.items() if value not in ("", 0)]
-    per_node = -(-tasks // nodes)
-    if nodes > 1:
-        found.append(f"--ntasks-per-node={per_node}")
-    if site.memory == "node":
-        found.append(f"--mem={mem}")
-    else:
-        found.append(f"--mem-per-cpu={-(-mem // (per_node * threads))}")
-    if gpu:
-        model = f"{site.gpu_model}:" if site.gpu_model else ""
-        number = -(-gpu // nodes)
-        found.append({"gres": f"--gres=gpu:{model}{number}", "gpus": f"--gpus={model}{gpu}", "gpus-per-node": f"--gpus-per-node={model}{number}"}[site.gpu_request])
-    return [*found, "--requeue" if site.requeue else "--no-requeue", *site.sbatch_flags]
 
 
 def patiently(command: list[str], script: str | None = None) -> str:

@@ -156,3 +156,14 @@ def test_a_preempted_job_is_a_failure_to_retry(slurm: Slurm, tmp_path: Path) -> 
     high = submit(slurm, tmp_path, "true", "{partition: urgent, requeue: false}", name="high", nodes=2, tasks=8, mem_mb=4000)
     ends_as(slurm, low, "failed", 60)
     ends_as(slurm, high, "success", 60)
+
+
+def test_cluster_check(slurm: Slurm, tmp_path: Path) -> None:
+    """Between two nodes ranks meet by gloo, MPI ranks by pmi2; a partition that is not there is named."""
+    write(tmp_path / "site.yaml", "{partition: debug, mail_user: ''}")
+    out = slurm.sh(f"cryospire cluster check --site site.yaml --job --launcher {LAUNCH}", cwd=tmp_path, timeout=120)
+    assert "rank 0 of 2" in out and "rank 1 of 2" in out and "sees the other's file" in out
+    assert "of a world of 2, 2" in out and "nothing found that would fail" in out
+    write(tmp_path / "site.yaml", "partition: nowhere")
+    out = slurm.sh("cryospire cluster check --site site.yaml; echo code $?", cwd=tmp_path)
+    assert "no partition nowhere; there are cxl, debug, urgent" in out and "code 2" in out

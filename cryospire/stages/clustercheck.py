@@ -1,0 +1,169 @@
+"""What a cluster offers and what would fail: on the login node, and between two nodes inside a job."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from cryospire.conventions import InputError
+from cryospire.site import settings
+from cryospire.site.sbatch import flags
+from cryospire.site.settings import Site
+
+SPEED_MIB = 64  # written and read for the speed of the file system
+SLOW = 50.0  # MiB/s
+SCHEDULERS = {"SLURM": "sbatch", "PBS": "qsub", "LSF": "bsub"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked at, what was found, and what would fail (empty: nothing)."""
+
+    what: str
+    found: str
+    problem: str = ""
+
+
+def run(site: Path, *, job: bool, launcher: Path) -> None:
+    """Print every check; with ``job``, also those between two nodes.  Raises InputError where something would fail."""
+    own = settings.load(site)
+    checks = list(here(own, Path.cwd()))
+    for check in checks:
+        show(check)
+    if job:
+        for check in between_nodes(own, launcher):
+            show(check)
+            checks.append(check)
+    problems = [f"{c.what}: {c.problem}" for c in checks if c.problem]
+    if problems:
+        raise InputError(f"{site}: {len(problems)} thing(s) would fail: " + "; ".join(problems))
+    print("nothing found that would fail" + ("" if job else "; add --job to test two nodes"))
+
+
+def show(check: Check) -> None:
+    print(f"{'FAIL' if check.problem else 'ok  '}  {check.what:<12}{check.found}" + (f"  <- {check.problem}" if check.problem else ""), flush=True)
+
+
+def answer(command: list[str], seconds: float = 60) -> tuple[int, str]:
+    """Exit code and output of a command; 127 where it does not exist, 124 where it does not end."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except FileNotFoundError:
+        return 127, f"{command[0]}: not found"
+    except subprocess.TimeoutExpired:
+        return 124, f"{command[0]}: no answer in {seconds:.0f} s"
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def here(site: Site, folder: Path) -> Iterator[Check]:
+    """What this process sees."""
+    packages = ("torch", "snakemake", "zarr", "dask", "mpi4py")
+    yield Check("versions", f"Python {sys.version.split()[0]}, " + ", ".join(f"{p} {version(p)}" for p in packages))
+    inside = f", inside job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    yield Check("node", f"{os.uname().nodename}, {len(os.sched_getaffinity(0))} CPUs of {os.cpu_count()}{inside}")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Check("GPUs here", ", ".join(names) or "none" + (" (a login node need not have any)" if site.gpus_per_node else ""))
+    schedulers = [name for name, command in SCHEDULERS.items() if shutil.which(command)]
+    yield Check("scheduler", ", ".join(schedulers) or "none", "" if schedulers else "no sbatch, qsub or bsub on PATH; use the profile cluster/local")
+    if "SLURM" in schedulers:
+        yield from partitions(site)
+    code, text = answer([sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version())"])
+    yield Check("MPI", text.splitlines()[0] if text else "", "" if code == 0 else "mpi4py finds no MPI library")
+    yield file_system(folder)
+
+
+def partitions(site: Site) -> Iterator[Check]:
+    """Partitions of SLURM against what the site file asks for."""
+    code, text = answer(["sinfo", "-h", "-o", "%R|%D|%c|%m|%G|%l"])
+    if code:
+        yield Check("partitions", text, "sinfo does not answer")
+        return
+    rows = [line.split("|") for line in text.splitlines()]
+    for name, nodes, cpus, memory, gres, limit in rows:
+        yield Check("partition", f"{name}: {nodes} nodes of {cpus} CPUs, {memory} MB, {gres.replace('(null)', 'no GPUs')}, up to {limit}")
+    known = {row[0] for row in rows}
+    for key in ("partition", "gpu_partition"):
+        wanted = getattr(site, key)
+        missing = set(filter(None, wanted.split(","))) - known
+        if missing:
+            yield Check(key, wanted, f"no partition {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
+    if site.gpus_per_node and not any("gpu" in row[4] for row in rows):
+        yield Check("GPUs", f"gpus_per_node: {site.gpus_per_node}", "no partition shows GPUs")
+
+
+def file_system(folder: Path) -> Check:
+    """Kind of file system, and its speed for one file, synced."""
+    kind = answer(["stat", "-f", "-c", "%T", str(folder)])[1]
+    file = folder / f".cryospire-{uuid.uuid4().hex}"
+    block = os.urandom(1 << 20)
+    try:
+        start = time.monotonic()
+        with file.open("wb") as out:
+            for _ in range(SPEED_MIB):
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+        speed = SPEED_MIB / (time.monotonic() - start)
+    except OSError as error:
+        return Check("files", f"{folder} ({kind})", f"cannot write: {error.strerror}")
+    finally:
+        file.unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free / 1e9
+    return Check("files", f"{folder} ({kind}): {speed:.0f} MiB/s written, {free:.0f} GB free", "slow; choose another folder" if speed < SLOW else "")
+
+
+def between_nodes(site: Site, launcher: Path) -> Iterator[Check]:
+    """A job on two nodes: ranks that meet and exchange, a file seen by both, MPI ranks that know of each other."""
+    if not launcher.is_file():
+        raise InputError(f"{launcher}: no such file; run this from the folder that holds cluster/")
+    folder = Path.cwd() / f".cryospire-check-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    gpu = 2 if site.gpus_per_node else 0
+    own = [f for f in flags(site, "check", 1, {"nodes": 2, "tasks": 2, "gpu": gpu, "mem_mb": 2000, "runtime": 10}) if not f.startswith("--output")]
+    program = shlex.join([sys.executable, "-m", "cryospire", "cluster", "probe", str(folder)])
+    mpi = f"{site.mpi} -n 2 {sys.executable} -c 'from mpi4py import MPI; print(\"MPI\", MPI.COMM_WORLD.size)'"
+    lines = ["#!/bin/bash", *site.prologue, f"{shlex.quote(str(launcher.resolve()))} 2 2 1 {program}", mpi]
+    (folder / "job.sh").write_text("\n".join(lines) + "\n")
+    try:
+        code, text = answer(["sbatch", "--wait", "--no-requeue", f"--output={folder}/out", *(f for f in own if f != "--requeue"), str(folder / "job.sh")], 1800)
+        out = (folder / "out").read_text() if (folder / "out").exists() else text
+        ranks = [line for line in out.splitlines() if line.startswith("rank ")]
+        shown = "; ".join(sorted(ranks)) or (out.strip().splitlines() or [text])[-1]
+        yield Check("two nodes", shown, "" if len(ranks) == 2 else f"ranks did not meet (exit code {code}); see network_interface in the site file")
+        sizes = [line.split()[1] for line in out.splitlines() if line.startswith("MPI ")]
+        yield Check("MPI ranks", f"{len(sizes)} of {site.mpi}, of a world of {', '.join(sizes) or '?'}", "" if sizes == ["2", "2"] else "they do not find each other; see mpi in the site file")
+    finally:
+        shutil.rmtree(folder)
+
+
+def probe(folder: Path) -> None:
+    """One of two ranks: meet, exchange 32 MB, see each other's files."""
+    from cryospire.training.distributed import team
+
+    with team() as ranks:
+        rows = torch.ones(1 << 20, 8)
+        ranks.barrier()
+        start = time.monotonic()
+        ranks.gather(rows)
+        ranks.barrier()
+        seconds = time.monotonic() - start
+        (folder / str(ranks.rank)).touch()
+        ranks.barrier()
+        other, waited = folder / str(1 - ranks.rank), time.monotonic()
+        while not other.exists() and time.monotonic() - waited < 60:
+            time.sleep(0.1)
+        seen = f"the other's file after {time.monotonic() - waited:.1f} s" if other.exists() else "NOT the other's file: the folder is not shared"
+        # One write: lines of two ranks in one file must not mix.
+        sys.stdout.write(f"rank {ranks.rank} of {ranks.size} on {os.uname().nodename}, {ranks.device}, {32 / seconds:.0f} MB/s, sees {seen}\n")
+        sys.stdout.flush()
