@@ -27,7 +27,9 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def call(*command: object, cwd: Path = ROOT) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "200"})
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "200"}
+    )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 

@@ -34,7 +34,10 @@ def patiently(command: list[str], script: str | None = None) -> str:
         done = subprocess.run(command, input=script, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout.strip()
-        away = any(words in done.stderr for words in ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "slurm_load_jobs error"))
+        away = any(
+            words in done.stderr
+            for words in ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "slurm_load_jobs error")
+        )
         if not away or time.monotonic() > until:
             sys.exit(f"{command[0]}: {done.stderr.strip()}")
         time.sleep(3)
@@ -59,7 +62,12 @@ def main() -> None:
     exports = [f"export TMPDIR={site.tmpdir}"] if site.tmpdir else []
     shebang, rest = args.jobscript.read_text().split("\n", 1)
     script = "\n".join([shebang, *exports, *site.prologue, rest])
-    command = ["sbatch", "--parsable", f"--job-name={name}", *flags(site, properties["rule"], properties["threads"], properties["resources"])]
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--job-name={name}",
+        *flags(site, properties["rule"], properties["threads"], properties["resources"]),
+    ]
     print(patiently(command, script).split(";")[0])
 
 

@@ -48,7 +48,7 @@ class Need:
 
 
 def measure(config: Config) -> Data:
-    """Size of the particles: from the section ``simulate``, else from the table and the first stack.  Zero particles if there is no file yet."""
+    """Size of the particles: from the section ``simulate``, else from the table and the first stack. Zero if there is no file yet."""
     if config.simulate is not None:
         particles, source = config.simulate.particles, config.simulate.box
     else:
@@ -181,7 +181,9 @@ def summary(config: Config, stages: list[str], data: Data, site: Site | None, co
     lines = [f"estimate for {data.particles:,} particles, box {data.box}:"]
     for stage, n in needs.items():
         where = f"{n.gpu} GPU on {n.nodes} node(s)" if n.gpu else f"{n.tasks} task(s) on {n.nodes} node(s)"
-        lines.append(f"  {stage:<10} {n.mem_mb / 1000:7.1f} GB memory a node  {n.runtime:6d} min limit  {n.disk_mb / 1000:9.3f} GB disk  {where}")
+        lines.append(
+            f"  {stage:<10} {n.mem_mb / 1000:7.1f} GB memory a node  {n.runtime:6d} min limit  {n.disk_mb / 1000:9.3f} GB disk  {where}"
+        )
     hours = sum(n.gpu * (n.runtime - MINUTES) / 2 / 60 for n in needs.values())
     lines.append(f"  together {sum(n.disk_mb for n in needs.values()) / 1000:.2f} GB disk, about {hours:.1f} GPU-hours")
     return "\n".join(lines)

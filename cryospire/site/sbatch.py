@@ -38,5 +38,9 @@ def flags(site: Site, rule: str, threads: int, resources: dict[str, Any]) -> lis
     if gpu:
         model = f"{site.gpu_model}:" if site.gpu_model else ""
         number = -(-gpu // nodes)
-        found.append({"gres": f"--gres=gpu:{model}{number}", "gpus": f"--gpus={model}{gpu}", "gpus-per-node": f"--gpus-per-node={model}{number}"}[site.gpu_request])
+        found.append(
+            {"gres": f"--gres=gpu:{model}{number}", "gpus": f"--gpus={model}{gpu}", "gpus-per-node": f"--gpus-per-node={model}{number}"}[
+                site.gpu_request
+            ]
+        )
     return [*found, "--requeue" if site.requeue else "--no-requeue", *site.sbatch_flags]

@@ -52,7 +52,10 @@ def run(site: Path, *, job: bool, launcher: Path) -> None:
 
 
 def show(check: Check) -> None:
-    print(f"{'FAIL' if check.problem else 'ok  '}  {check.what:<12}{check.found}" + (f"  <- {check.problem}" if check.problem else ""), flush=True)
+    print(
+        f"{'FAIL' if check.problem else 'ok  '}  {check.what:<12}{check.found}" + (f"  <- {check.problem}" if check.problem else ""),
+        flush=True,
+    )
 
 
 def answer(command: list[str], seconds: float = 60) -> tuple[int, str]:
@@ -75,7 +78,9 @@ def here(site: Site, folder: Path) -> Iterator[Check]:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Check("GPUs here", ", ".join(names) or "none" + (" (a login node need not have any)" if site.gpus_per_node else ""))
     schedulers = [name for name, command in SCHEDULERS.items() if shutil.which(command)]
-    yield Check("scheduler", ", ".join(schedulers) or "none", "" if schedulers else "no sbatch, qsub or bsub on PATH; use the profile cluster/local")
+    yield Check(
+        "scheduler", ", ".join(schedulers) or "none", "" if schedulers else "no sbatch, qsub or bsub on PATH; use the profile cluster/local"
+    )
     if "SLURM" in schedulers:
         yield from partitions(site)
     code, text = answer([sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version())"])
@@ -120,7 +125,9 @@ def file_system(folder: Path) -> Check:
     finally:
         file.unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
-    return Check("files", f"{folder} ({kind}): {speed:.0f} MiB/s written, {free:.0f} GB free", "slow; choose another folder" if speed < SLOW else "")
+    return Check(
+        "files", f"{folder} ({kind}): {speed:.0f} MiB/s written, {free:.0f} GB free", "slow; choose another folder" if speed < SLOW else ""
+    )
 
 
 def between_nodes(site: Site, launcher: Path) -> Iterator[Check]:
@@ -130,19 +137,32 @@ def between_nodes(site: Site, launcher: Path) -> Iterator[Check]:
     folder = Path.cwd() / f".cryospire-check-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     gpu = 2 if site.gpus_per_node else 0
-    own = [f for f in flags(site, "check", 1, {"nodes": 2, "tasks": 2, "gpu": gpu, "mem_mb": 2000, "runtime": 10}) if not f.startswith("--output")]
+    own = [
+        f
+        for f in flags(site, "check", 1, {"nodes": 2, "tasks": 2, "gpu": gpu, "mem_mb": 2000, "runtime": 10})
+        if not f.startswith("--output")
+    ]
     program = shlex.join([sys.executable, "-m", "cryospire", "cluster", "probe", str(folder)])
     mpi = f"{site.mpi} -n 2 {sys.executable} -c 'from mpi4py import MPI; print(\"MPI\", MPI.COMM_WORLD.size)'"
     lines = ["#!/bin/bash", *site.prologue, f"{shlex.quote(str(launcher.resolve()))} 2 2 1 {program}", mpi]
     (folder / "job.sh").write_text("\n".join(lines) + "\n")
     try:
-        code, text = answer(["sbatch", "--wait", "--no-requeue", f"--output={folder}/out", *(f for f in own if f != "--requeue"), str(folder / "job.sh")], 1800)
+        code, text = answer(
+            ["sbatch", "--wait", "--no-requeue", f"--output={folder}/out", *(f for f in own if f != "--requeue"), str(folder / "job.sh")],
+            1800,
+        )
         out = (folder / "out").read_text() if (folder / "out").exists() else text
         ranks = [line for line in out.splitlines() if line.startswith("rank ")]
         shown = "; ".join(sorted(ranks)) or (out.strip().splitlines() or [text])[-1]
-        yield Check("two nodes", shown, "" if len(ranks) == 2 else f"ranks did not meet (exit code {code}); see network_interface in the site file")
+        yield Check(
+            "two nodes", shown, "" if len(ranks) == 2 else f"ranks did not meet (exit code {code}); see network_interface in the site file"
+        )
         sizes = [line.split()[1] for line in out.splitlines() if line.startswith("MPI ")]
-        yield Check("MPI ranks", f"{len(sizes)} of {site.mpi}, of a world of {', '.join(sizes) or '?'}", "" if sizes == ["2", "2"] else "they do not find each other; see mpi in the site file")
+        yield Check(
+            "MPI ranks",
+            f"{len(sizes)} of {site.mpi}, of a world of {', '.join(sizes) or '?'}",
+            "" if sizes == ["2", "2"] else "they do not find each other; see mpi in the site file",
+        )
     finally:
         shutil.rmtree(folder)
 
@@ -163,7 +183,13 @@ def probe(folder: Path) -> None:
         other, waited = folder / str(1 - ranks.rank), time.monotonic()
         while not other.exists() and time.monotonic() - waited < 60:
             time.sleep(0.1)
-        seen = f"the other's file after {time.monotonic() - waited:.1f} s" if other.exists() else "NOT the other's file: the folder is not shared"
+        seen = (
+            f"the other's file after {time.monotonic() - waited:.1f} s"
+            if other.exists()
+            else "NOT the other's file: the folder is not shared"
+        )
         # One write: lines of two ranks in one file must not mix.
-        sys.stdout.write(f"rank {ranks.rank} of {ranks.size} on {os.uname().nodename}, {ranks.device}, {32 / seconds:.0f} MB/s, sees {seen}\n")
+        sys.stdout.write(
+            f"rank {ranks.rank} of {ranks.size} on {os.uname().nodename}, {ranks.device}, {32 / seconds:.0f} MB/s, sees {seen}\n"
+        )
         sys.stdout.flush()

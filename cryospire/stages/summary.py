@@ -24,12 +24,10 @@ def run(results: Path) -> None:
 
 def lines(results: Path) -> Iterator[str]:
     """Findings first, then places; a stage that has not run yet is left out."""
-    for name, schema, tell in (
-        ("particles", "particles", particles), ("consensus", "consensus", consensus), ("parts", "parts", parts), ("analysis", "analysis", states),
-    ):  # fmt: skip
+    for name, tell in {"particles": particles, "consensus": consensus, "parts": parts, "analysis": states}.items():
         path = results / f"{name}.zarr"
         if path.exists():
-            yield f"{name:<12}{tell(stores.open_store(path, schema))}"
+            yield f"{name:<12}{tell(stores.open_store(path, name))}"
     if (results / "evaluation.json").exists():
         yield from scores(json.loads((results / "evaluation.json").read_text()))
     yield ""
@@ -62,6 +60,6 @@ def states(group: Any) -> str:
 
 def scores(evaluation: dict[str, Any]) -> Iterator[str]:
     """Area under the FSC against the truth, of every method beside the consensus map."""
-    yield f"truth       {evaluation['states']} states; area under the FSC (the best is 0.5), and of differences from the mean (a consensus: 0)"
+    yield f"truth       {evaluation['states']} states; area under the FSC (best 0.5), and of differences from the mean (consensus: 0)"
     for name, values in evaluation["methods"].items():
         yield f"  {name:<16}{values['auc']['mean']:.3f}   differences {values['difference']['mean']:.3f}"

@@ -115,7 +115,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     for folder in ("run", "log", "state", "spool/node1", "spool/node2", "tmp/node1", "tmp/node2"):
         (base / folder).mkdir(parents=True)
     port, port1, port2 = _free_ports(3)
-    (base / "slurm.conf").write_text(SLURM_CONF.format(host=socket.gethostname().split(".")[0], base=base, port=port, port1=port1, port2=port2))
+    (base / "slurm.conf").write_text(
+        SLURM_CONF.format(host=socket.gethostname().split(".")[0], base=base, port=port, port1=port1, port2=port2)
+    )
     (base / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/tty[0-1]\n")
     key = base / "munge.key"
     key.write_bytes(os.urandom(128))

@@ -24,7 +24,12 @@ def write(path: Path, text: str) -> Path:
 
 def submit(slurm: Slurm, folder: Path, command: str, site: str = "{}", name: str = "job", **resources: object) -> str:
     """Submit a command as Snakemake would; returns the job's id."""
-    properties = {"rule": name, "output": [str(folder / f"{name}.out")], "threads": 1, "resources": {"mem_mb": 500, "runtime": 5} | resources}
+    properties = {
+        "rule": name,
+        "output": [str(folder / f"{name}.out")],
+        "threads": 1,
+        "resources": {"mem_mb": 500, "runtime": 5} | resources,
+    }
     script = write(folder / f"{name}.sh", f"#!/bin/sh\n# properties = {json.dumps(properties)}\ncd {folder}\n{command}\n")
     write(folder / "site.yaml", site)
     return slurm.sh(f"{sys.executable} {SUBMIT} --site site.yaml {script}", cwd=folder).strip()
@@ -100,7 +105,9 @@ def test_what_sbatch_is_told(slurm: Slurm, tmp_path: Path) -> None:
     tmpdir: /var/tmp
     logs: jobs
     """
-    job = submit(slurm, tmp_path, "echo $FROM_PROLOGUE $TMPDIR $SLURM_JOB_GPUS; nvidia-smi -L; true", textwrap.dedent(site), gpu=2, runtime=7)
+    job = submit(
+        slurm, tmp_path, "echo $FROM_PROLOGUE $TMPDIR $SLURM_JOB_GPUS; nvidia-smi -L; true", textwrap.dedent(site), gpu=2, runtime=7
+    )
     shown = slurm.sh(f"scontrol show job {job}")
     ends_as(slurm, job, "success")
     assert "Partition=urgent" in shown and "TimeLimit=00:07:00" in shown and "Requeue=1" in shown and "gpu:2" in shown
@@ -119,7 +126,12 @@ def test_a_job_in_the_queue_is_taken_up_again(slurm: Slurm, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("command", "options", "verdict"),
-    [("true", {}, "success"), ("exit 3", {}, "failed"), ("sleep 300", {"cancel": True}, "failed"), ("sleep 300", {"limit": True}, "failed")],
+    [
+        ("true", {}, "success"),
+        ("exit 3", {}, "failed"),
+        ("sleep 300", {"cancel": True}, "failed"),
+        ("sleep 300", {"limit": True}, "failed"),
+    ],
     ids=["ends", "fails", "cancelled", "time-limit"],
 )
 def test_status(slurm: Slurm, tmp_path: Path, command: str, options: dict[str, bool], verdict: str) -> None:

@@ -43,7 +43,13 @@ def run(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_store_is_complete(run: Path) -> None:
-    for name, schema in (("particles", "particles"), ("discovery", "discovery"), ("parts", "parts"), ("model", "model"), ("volumes", "volumes")):
+    for name, schema in (
+        ("particles", "particles"),
+        ("discovery", "discovery"),
+        ("parts", "parts"),
+        ("model", "model"),
+        ("volumes", "volumes"),
+    ):
         stores.open_store(run / f"results/{name}.zarr", schema)
     assert (run / "results/report.html").stat().st_size > 0
     latents = stores.read(stores.open_store(run / "results/model.zarr", "model"), "latents")

@@ -37,7 +37,15 @@ CONFIG: dict[str, Any] = {
 def snakemake(folder: Path, *options: str) -> tuple[int, str]:
     """Exit code and everything printed by Snakemake in this folder, with its config.yaml."""
     config = [] if "--configfile" in options else ["--configfile", "config.yaml"]
-    command = [Path(sys.executable).parent / "snakemake", "--snakefile", ROOT / "Snakefile", "--profile", ROOT / "cluster/local", *config, *options]
+    command = [
+        Path(sys.executable).parent / "snakemake",
+        "--snakefile",
+        ROOT / "Snakefile",
+        "--profile",
+        ROOT / "cluster/local",
+        *config,
+        *options,
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "200"})
     return done.returncode, done.stdout + done.stderr
 
@@ -65,7 +73,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every output stands and is up to date."""
     folder = tmp_path_factory.mktemp("finished")
     files = [f"results/{name}.zarr/zarr.json" for name in STORES]
-    files += ["results/preflight.json", "results/evaluation.json", "results/report.html", "data/particles.star", "data/particles.mrcs", "data/truth/labels.npy"]
+    files += [
+        "results/preflight.json",
+        "results/evaluation.json",
+        "results/report.html",
+        "data/particles.star",
+        "data/particles.mrcs",
+        "data/truth/labels.npy",
+    ]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
