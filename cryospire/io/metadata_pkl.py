@@ -128,7 +128,8 @@ def load(path: Path) -> Any:
     try:
         return _plain(_Unpickler(io.BytesIO(data)).load())
     except Refused as refused:
-        raise InputError(f"{path}: refused: the pickle asks for {refused}; only numpy arrays of numbers are read") from None
+        asked = " ".join(str(refused).split())[:100]
+        raise InputError(f"{path}: refused: the pickle asks for {asked}; only numpy arrays of numbers are read") from None
     except Exception as error:
         raise InputError(f"{path}: not a pickle of numpy arrays ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
 

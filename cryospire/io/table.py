@@ -70,9 +70,15 @@ def refuse(bad: Any, source: Path, column: str, values: Any, why: str) -> None:
     """Raise InputError naming the file, the first bad row (from 1) and its value."""
     if bad.any():
         i = int(np.argmax(bad))
-        value = np.asarray(values[i]).tolist()
+        value = shown(values[i])
         more = f" ({int(bad.sum())} such rows)" if bad.sum() > 1 else ""
         raise InputError(f"{source}: row {i + 1}: {column} is {value}: {why}{more}")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message of one line."""
+    text = str(np.asarray(value).tolist())
+    return text if text.isprintable() else repr(text)
 
 
 def finite(source: Path, column: str, values: Floats) -> Floats:
@@ -133,7 +139,7 @@ def unique(source: Path, column: str, ids: NDArray[Any], values: Any) -> None:
     twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
     if len(twice):
         first, second = sorted(order[twice[0] : twice[0] + 2].tolist())
-        value = np.asarray(values[second]).tolist()
+        value = shown(values[second])
         raise InputError(f"{source}: row {second + 1}: {column} is {value}: already in row {first + 1} ({len(twice)} repeats)")
 
 
@@ -152,7 +158,7 @@ def locate(source: Path, names: Sequence[str], datadir: Path | None) -> list[Pat
         path = next((p for p in tried if p.is_file()), None)
         if path is None:
             where = f"under {bases[0]}" if datadir else f"from {here}, the folders above it, or {Path.cwd()}; set datadir"
-            raise InputError(f"{source}: stack {name}: no such file {where}")
+            raise InputError(f"{source}: stack {shown(name)}: no such file {where}")
         bases.sort(key=lambda base, p=path: base not in p.parents)  # type: ignore[misc]
         paths.append(path)
     return paths
