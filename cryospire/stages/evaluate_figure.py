@@ -20,11 +20,16 @@ COLOURS = {"consensus": "0.55", "known labels": "tab:orange", "stage 1": "tab:cy
 def draw(result: dict[str, Any], latents: dict[str, Tensor], label: Tensor, path: Path) -> None:
     occupancy = [(name, o) for name, m in result["models"].items() for o in m.get("occupancy", [])]
     panels = 3 + len(latents) + bool(occupancy)
-    figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 3.6), layout="constrained")
+    rows = -(-panels // 3)
+    figure, grid = plt.subplots(rows, 3, figsize=(12, 3.6 * rows), layout="constrained", squeeze=False)
+    axes = grid.flatten()
+    for axis in axes[panels:]:
+        axis.set_axis_off()
     curves(axes[0], result, "auc", "volumes, in the mask")
     curves(axes[1], result, "difference", "differences from the mean volume")
     for name, m in result["methods"].items():
         axes[2].plot(m["auc"]["states"], ".-", color=COLOURS.get(name), label=name)
+    axes[2].legend(frameon=False, fontsize=8)
     axes[2].set(xlabel="true state", ylabel="area under FSC", title="every state")
     for axis, (name, z) in zip(axes[3:], latents.items(), strict=False):
         scatter(axis, z, label, name)
@@ -32,9 +37,9 @@ def draw(result: dict[str, Any], latents: dict[str, Tensor], label: Tensor, path
         name, shown = occupancy[-1]
         centre = (np.arange(40) + 0.5) / 40
         for k, colour in (("present", "tab:blue"), ("absent", "tab:red")):
-            axes[-1].bar(centre, shown["histogram"][k], 1 / 40, alpha=0.6, color=colour, label=f"truly {k}")
-        axes[-1].set(xlabel=f"mean occupancy of part {shown['part']} in a particle", ylabel="particles", title=name)
-        axes[-1].legend(frameon=False)
+            axes[panels - 1].bar(centre, shown["histogram"][k], 1 / 40, alpha=0.6, color=colour, label=f"truly {k}")
+        axes[panels - 1].set(xlabel=f"mean occupancy of part {shown['part']} in a particle", ylabel="particles", title=name)
+        axes[panels - 1].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

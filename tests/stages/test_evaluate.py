@@ -120,6 +120,7 @@ def test_a_motion_that_is_wrong_by_25_degrees_is_found_so(known: evaluate.Truth)
     assigned = evaluate_model.assign(Oracle(known.segmentation, turned=25.0), means, known.segmentation)
     (motion,) = evaluate_model.judge_motion(assigned, known.segmentation)
     assert motion["error"] == pytest.approx(25, abs=0.5)
+    assert motion["centre_error"] < 2 and motion["centre_moved"] > 30, "turned about its own middle, the centre goes where it should"
 
 
 def test_states_split_in_two_lumps_are_seen(known: evaluate.Truth, data: Particles) -> None:
