@@ -190,6 +190,8 @@ def build(results: Results, title: str) -> str:
                 content = page.absent(f"Not in this run: {why}.")
             except InputError as why:  # stores that do not fit each other, from different runs
                 content = page.absent(f"Cannot be shown: {why}.")
+            except KeyError as why:  # a .json of another version
+                content = page.absent(f"Cannot be shown: no {why} in it; run its stage again.")
             shown.append((name, content))
     return page.page(title, f"cryospire {__version__} · {results.root}", tiles(results), shown)
 

@@ -84,8 +84,7 @@ def gallery(images: Array, pixel_size: float) -> Figure:
 def _grey(ax: Axes, image: Array, pixel_size: float, low: float, high: float, scalebar: bool = False) -> None:
     ax.imshow(image, cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="nearest")
     ax.set(xticks=[], yticks=[])
-    for side in ax.spines.values():
-        side.set_visible(False)
+    ax.spines[:].set_visible(False)
     if scalebar:
         n = image.shape[-1]
         length = next(s for s in (500, 200, 100, 50, 20, 10, 5, 2, 1) if s <= 0.35 * n * pixel_size or s == 1)
@@ -103,8 +102,8 @@ def fsc(curve: Array, box: int, pixel_size: float, resolution: float | None) -> 
     if resolution:
         ax.axvline(1 / resolution, color=ORANGE, lw=1.2, ls=":")
         ax.text(1 / resolution, 1.0, f" {resolution:.1f} Å", color=ORANGE, va="top")
-    low = min(-0.05, float(curve.min()))
-    ax.set(xlabel="spatial frequency (1/Å)", ylabel="Fourier shell correlation", xlim=(0, frequency[-1]), ylim=(low, 1.04))
+    ax.set(xlabel="spatial frequency (1/Å)", ylabel="Fourier shell correlation")
+    ax.set(xlim=(0, frequency[-1]), ylim=(min(-0.05, float(curve.min())), 1.04))
     return drawn
 
 
@@ -112,8 +111,7 @@ def _frame(ax: Axes, title: str, width: float) -> None:
     """Axes of a picture on white: its width in Å below, no ticks."""
     ax.set(xticks=[], yticks=[], title=title, xlabel=f"{width:.0f} Å")
     ax.grid(False)
-    for side in ax.spines.values():
-        side.set(visible=True, color="#dde4ea")
+    ax.spines[:].set(visible=True, color="#dde4ea")
 
 
 def three_views(volume: Array, pixel_size: float) -> Figure:
@@ -148,8 +146,7 @@ def histories(runs: Mapping[str, Mapping[str, Array]]) -> Figure:
 
 def features(feature: Array, part: Array) -> Figure:
     """First two principal axes of the Gaussians' features, coloured by part."""
-    centred = feature - feature.mean(0)
-    _, s, vt = np.linalg.svd(centred, full_matrices=False)
+    _, s, vt = np.linalg.svd(centred := feature - feature.mean(0), full_matrices=False)
     plane, share = centred @ vt[:2].T, 100 * s**2 / (s**2).sum()
     drawn, (ax,) = axes(4.4, 3.5)
     rows = np.random.default_rng(0).permutation(_sample(len(plane)))  # no part drawn on top of the others
@@ -255,8 +252,8 @@ def state_grid(volumes: Sequence[Array], pixel_size: float, names: Sequence[str]
         _grey(made[k], sums[k], pixel_size, 0, high[0], scalebar=k == 0)
         _grey(made[n + k], slices[k], pixel_size, 0, high[1])
         made[k].set_title(names[k], fontsize=9)
-    for ax, name in ((made[0], "projection"), (made[n], "slice")):
-        ax.set_ylabel(name)
+    made[0].set_ylabel("projection")
+    made[n].set_ylabel("slice")
     return drawn
 
 
@@ -266,8 +263,7 @@ def change(first: Array, last: Array, pixel_size: float) -> Figure:
     for axis, (ax, name) in enumerate(zip(made, VIEWS, strict=True)):
         before, after = first.sum(axis) * pixel_size, last.sum(axis) * pixel_size
         top = max(before.max(), after.max())
-        gained, lost = np.clip(after - before, 0, None) / top, np.clip(before - after, 0, None) / top
-        common = np.minimum(before, after) / top
+        gained, lost, common = (np.clip(d, 0, None) / top for d in (after - before, before - after, np.minimum(before, after)))
         ink = common[..., None] * 0.45 + 1.6 * gained[..., None] * (1 - np.array(to_rgb("#0072b2")))
         ink = ink + 1.6 * lost[..., None] * (1 - np.array(to_rgb("#d1495b")))
         ax.imshow(np.clip(1 - ink, 0, 1), origin="lower", interpolation="bilinear")
