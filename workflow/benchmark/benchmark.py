@@ -1,0 +1,168 @@
+"""Small commands of the benchmark: configs of its runs, latents and volumes of other programs, the table.
+
+    python benchmark.py config DATASET.yaml --size '{"box": 64, ...}' --energy 655.36 --seed 0 --model M --run DIR
+    python benchmark.py zfile EMBEDDING LABELS OUTPUT
+    python benchmark.py score VOLUMES PARTICLES.zarr TRUTH NAME OUTPUT.json
+    python benchmark.py table OUTPUT.csv RUN/VARIANT/evaluation.json ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from cryospire import config as configuration
+from cryospire.conventions import InputError
+from cryospire.io import metadata_pkl, stores
+from cryospire.stages import evaluate
+from cryospire.training.data import Particles
+
+COLUMNS = ("auc", "unmasked", "difference")
+
+
+def make_config(
+    base: Path, size: dict[str, Any], energy: float, seed: int, model: str, run: Path, variant: str, changes: dict[str, Any]
+) -> None:
+    """``simulate.yaml`` of a data set and ``<variant>.yaml`` of a run on it; both checked."""
+    values = yaml.safe_load(base.read_text())
+    simulate = values.pop("simulate") | size | {"snr": energy / size["box"] ** 2}
+    if simulate["kind"] == "compositional":
+        simulate["states"] = yaml.safe_load(base.read_text())["simulate"]["states"]  # as many as there are compositions
+    if model:
+        simulate["model"] = str(Path(model).resolve())
+    data = run.resolve() / "data"
+    for section, keys in changes.items():
+        values[section] = values.get(section, {}) | keys
+    values |= {"seed": seed, "particles": str(data / "particles.star"), "truth": str(data / "truth")}
+    values["output"] = str(run.resolve() / variant)
+    run.mkdir(parents=True, exist_ok=True)
+    for name, content in (("simulate", {"seed": seed, "simulate": simulate}), (variant, values)):
+        configuration.Config.model_validate(content)
+        (run / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def zfile(embedding: Path, labels: Path, output: Path) -> None:
+    """Text file (states, D): of each state the latent nearest to its mean, as CryoBench takes it; ``embedding`` is .pkl or .npy (N, D)."""
+    z = np.load(embedding, allow_pickle=False) if embedding.suffix == ".npy" else np.asarray(metadata_pkl.load(embedding))
+    label = np.load(labels, allow_pickle=False)
+    if z.ndim != 2 or len(z) != len(label):
+        raise InputError(f"{embedding}: latents of shape {z.shape} for {len(label)} labels")
+    rows = []
+    for k in np.unique(label):
+        mine = z[label == k]
+        rows.append(mine[((mine - mine.mean(0)) ** 2).sum(1).argmin()])
+    np.savetxt(output, np.array(rows))
+
+
+def score(folder: Path, particles: Path, truth: Path, name: str, output: Path) -> None:
+    """The rows of evaluation.json for volumes of another program, one for each state in the order of their names."""
+    group = stores.open_store(particles, "particles")
+    data = Particles(group)
+    known = evaluate.load_truth(truth, data, stores.read(group, "source/row"))
+    files = sorted(folder.rglob("*.mrc"))
+    if len(files) != len(known.volumes):
+        raise InputError(f"{folder}: {len(files)} volumes for {len(known.volumes)} states")
+    volumes = torch.stack([evaluate.on_grid(f, data) for f in files])
+    output.write_text(json.dumps({"methods": {name: evaluate.score(volumes, known, data.pixel_size)}}, indent=1) + "\n")
+
+
+def table(output: Path, files: list[Path]) -> None:
+    """Mean of every method over seeds, with the spread of seeds; a .csv and the same as Markdown beside it, and a figure."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for file in files:
+        dataset, _, _ = file.parent.parent.name.rpartition("-seed")
+        result = json.loads(file.read_text())
+        for method, values in result["methods"].items():
+            row = {c: values[c]["mean"] for c in COLUMNS} | {"states_sd": values["auc"]["sd"]}
+            model = result.get("models", {}).get(method)
+            if model:
+                row["between_over_within"] = model["latents"]["between_over_within"]["mean"]
+                row["main_lump"] = model["latents"]["main_lump"]["mean"]
+                row["parts_ari"] = model.get("parts", {}).get("adjusted_rand_index", np.nan)
+            shown = method if not method.startswith("stage") else f"{method}, {file.parent.name}"
+            found[dataset, shown].append(row)
+    names = [*COLUMNS, "states_sd", "between_over_within", "main_lump", "parts_ari"]
+    rows = []
+    for (dataset, method), seeds in sorted(found.items()):
+        row: dict[str, Any] = {"dataset": dataset, "method": method, "seeds": len(seeds)}
+        for name in names:
+            values = np.array([s.get(name, np.nan) for s in seeds])
+            row[name] = f"{values.mean():.4f}" if np.isfinite(values).all() else ""
+            row[f"{name}_spread"] = f"{values.std(ddof=1):.4f}" if len(values) > 1 and np.isfinite(values).all() else ""
+        rows.append(row)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    head = ["dataset", "method", "seeds", *names]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(str(r[h]) + (f" ({s})" if (s := r.get(f"{h}_spread")) else "") for h in head) + " |" for r in rows]
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    draw(rows, output.with_suffix(".png"))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    datasets = sorted({r["dataset"] for r in rows})
+    height = 0.6 + 0.35 * len(rows) + 0.6 * len(datasets)
+    figure, grid = plt.subplots(len(datasets), 2, figsize=(10, height), layout="constrained", squeeze=False)
+    for line, dataset in zip(grid, datasets, strict=True):
+        mine = [r for r in rows if r["dataset"] == dataset][::-1]
+        for axis, column in zip(line, ("auc", "difference"), strict=True):
+            spread = [float(r[f"{column}_spread"] or 0) for r in mine]
+            axis.barh([r["method"] for r in mine], [float(r[column]) for r in mine], xerr=spread, color="tab:blue", alpha=0.7)
+            axis.set(title=f"{dataset}: {column}", xlim=(0, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("config")
+    c.add_argument("base", type=Path)
+    c.add_argument("--size", type=json.loads, required=True)
+    c.add_argument("--energy", type=float, required=True)
+    c.add_argument("--seed", type=int, required=True)
+    c.add_argument("--model", default="")
+    c.add_argument("--run", type=Path, required=True)
+    c.add_argument("--variant", default="base")
+    c.add_argument("--changes", type=json.loads, default={})
+    z = commands.add_parser("zfile")
+    s = commands.add_parser("score")
+    t = commands.add_parser("table")
+    for command, names in ((z, ("embedding", "labels", "output")), (s, ("volumes", "particles", "truth", "name", "output"))):
+        for name in names:
+            command.add_argument(name, type=str if name == "name" else Path)
+    t.add_argument("output", type=Path)
+    t.add_argument("files", type=Path, nargs="+")
+    a = parser.parse_args()
+    try:
+        if a.command == "config":
+            make_config(a.base, a.size, a.energy, a.seed, a.model, a.run, a.variant, a.changes)
+        elif a.command == "zfile":
+            zfile(a.embedding, a.labels, a.output)
+        elif a.command == "score":
+            score(a.volumes, a.particles, a.truth, a.name, a.output)
+        else:
+            table(a.output, a.files)
+    except InputError as error:
+        print(f"benchmark: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
