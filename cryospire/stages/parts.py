@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
+from threadpoolctl import threadpool_limits
 
 from cryospire import config as configuration
 from cryospire.config import Config
@@ -21,6 +23,8 @@ from cryospire.log import say
 from cryospire.training.model import Mixture, load
 
 Array = NDArray[Any]
+
+NEAR = 0.04  # fraction of the Gaussians over which a feature is averaged
 
 
 def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -> None:
@@ -40,11 +44,13 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
     if settings.anchors < max(1, settings.parts):
         raise InputError(f"parts.anchors: {settings.anchors} anchors cannot serve {settings.parts} parts; at least one a part")
 
-    evidence = weigh(feature, mass, settings.max_parts, settings.seeds, rng)
-    chosen = settings.parts or suggest(evidence)
-    labels = rng.integers(chosen, size=len(mass)) if settings.random else cluster(feature, mass, chosen, int(rng.integers(2**31)))
-    labels = by_mass(labels, mass)
-    anchor, anchor_of = divide(labels, position, mass, max(settings.anchors, chosen), int(rng.integers(2**31)))
+    feature = near_mean(feature, position, mass)
+    with threadpool_limits(1):  # a thousand points: starting threads would take longer than the work
+        evidence = weigh(feature, mass, settings.max_parts, settings.seeds, rng)
+        chosen = settings.parts or suggest(evidence)
+        labels = rng.integers(chosen, size=len(mass)) if settings.random else cluster(feature, mass, chosen, int(rng.integers(2**31)))
+        labels = by_mass(labels, mass)
+        anchor, anchor_of = divide(labels, position, mass, max(settings.anchors, chosen), int(rng.integers(2**31)))
 
     out = stores.create(
         output, "parts", config=values, seed=config.seed, inputs={"discovery": discovery}, pixel_size=model.pixel_size, box=model.box, force=force
@@ -53,7 +59,7 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
     put = stores.put
     put(out, "part", labels, ("gaussian",), "part of each coarse Gaussian, largest first")
     put(out, "anchor", anchor_of, ("gaussian",), "anchor of each coarse Gaussian")
-    put(out, "feature", feature, ("gaussian", "feature"), "learned feature")
+    put(out, "feature", feature, ("gaussian", "feature"), "learned feature, averaged over neighbours in space")
     put(out, "position", position.astype(np.float32), ("gaussian", "xyz"), "centre at the reference latent", "Å")
     put(out, "reference", reference[0].numpy(), ("latent",), "latent of the particle nearest to the median")
     put(out, "anchors/position", position[anchor].astype(np.float32), ("anchor", "xyz"), "position of the anchor", "Å")
@@ -70,6 +76,17 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
 def central(latents: Array) -> int:
     """Row of the particle nearest to the coordinate-wise median: a real shape, not the empty middle of a ring."""
     return int(((latents - np.median(latents, 0)) ** 2).sum(1).argmin())
+
+
+def near_mean(feature: Array, position: Array, mass: Array) -> Array:
+    """Features (G, E) averaged, by mass, over the nearest ``NEAR`` of all Gaussians in space.
+
+    Gaussians start with random features, and what training leaves of that is noise to the clustering; a part is a region.
+    """
+    _, near = cKDTree(position).query(position, max(1, round(NEAR * len(position))))
+    weight = mass[near][:, :, None]
+    mean: Array = (feature[near] * weight).sum(1) / weight.sum(1).clip(min=1e-12)
+    return mean.astype(np.float32)
 
 
 def cluster(points: Array, weight: Array, count: int, seed: int) -> Array:
@@ -109,10 +126,10 @@ def weigh(feature: Array, mass: Array, most: int, seeds: int, rng: np.random.Gen
 
 
 def suggest(evidence: dict[str, tuple[Array, str]]) -> int:
-    """The number with the largest silhouette among those whose halves agree at least nearly as well as the best."""
+    """The smallest number within a tenth of the best silhouette, among those whose halves agree more than they differ."""
     counts, silhouette, stability = (evidence[k][0] for k in ("parts", "silhouette", "stability"))
-    steady = stability >= stability.max() - 0.1
-    return int(counts[steady][silhouette[steady].argmax()])
+    steady = stability >= min(0.5, stability.max())
+    return int(counts[steady & (silhouette >= 0.9 * silhouette[steady].max())][0])
 
 
 def by_mass(labels: Array, mass: Array) -> Array:
