@@ -19,14 +19,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .venv: .venv/installed
 
 demo: .venv/installed
-	snakemake --profile cluster/local --configfile workflow/config/demo.yaml --quiet rules
+	snakemake --profile cluster/local --configfile workflow/config/demo.yaml --quiet host reason
 	cryospire summary demo
 
 clean-demo:
 	rm -rf demo
 
 test: .venv/installed
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	ruff check .
