@@ -33,6 +33,10 @@ lint: .venv/installed
 	mypy
 	snakemake --lint --configfile workflow/config/demo.yaml
 
+# The phantom at one level and one seed; every data set and level: workflow/benchmark/Snakefile without these.
+bench: .venv/installed
+	snakemake --snakefile workflow/benchmark/Snakefile --cores all --config datasets='[phantom]' levels='[hard]' seeds='[0]'
+
 schema: .venv/installed
 	python -c 'import json; from cryospire import config; print(json.dumps(config.schema(), indent=1))' > workflow/schemas/config.schema.json
 
