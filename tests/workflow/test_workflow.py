@@ -126,6 +126,12 @@ def test_forcerun(run: Path, stage: str, expected: set[str]) -> None:
     assert planned(run, "--forcerun", stage) == expected
 
 
+def test_a_given_map_changes_no_image(run: Path) -> None:
+    (run / "given.mrc").write_text("map")
+    write_config(run, {"map": "given.mrc"})
+    assert planned(run) == {"preflight"} | AFTER_PREPROCESS
+
+
 def test_another_name_of_the_config_reruns_nothing(run: Path) -> None:
     other = (run / "config.yaml").rename(run / "other.yaml")
     code, out = snakemake(run, "--dry-run", "--configfile", str(other))

@@ -1,6 +1,6 @@
 rule preprocess:
     input:
-        R / "preflight.json",
+        ancient(R / "preflight.json"),  # has to have passed; what it found changes no image
         source_files("particles", "poses", "ctf", "passthrough"),
         [SIMULATED / "particles.mrcs"] if CONFIG.simulate else [],
     output:
