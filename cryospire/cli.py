@@ -11,7 +11,12 @@ import typer
 from cryospire import config as configuration
 from cryospire.conventions import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Heterogeneous cryo-EM by a part-aware Gaussian mixture.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Heterogeneous cryo-EM by a part-aware Gaussian mixture.",
+)
 
 ConfigPath = Annotated[Path, typer.Option("--config", help="YAML configuration", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="what this stage writes", show_default=False)]
@@ -70,7 +75,12 @@ def discover(
 
 
 @app.command()
-def parts(config: ConfigPath, discovery: Annotated[Path, typer.Option(help="discovery.zarr", show_default=False)], output: Output, force: Force = False) -> None:
+def parts(
+    config: ConfigPath,
+    discovery: Annotated[Path, typer.Option(help="discovery.zarr", show_default=False)],
+    output: Output,
+    force: Force = False,
+) -> None:
     """Cluster Gaussians into parts and anchors, with the evidence for their number."""
     from cryospire.stages import parts as stage
 
@@ -209,9 +219,7 @@ def export(
     """A selection of particles back into RELION, cryoSPARC or cryoDRGN, every column kept."""
     from cryospire.stages import export as stage
 
-    stage.run(
-        configuration.load(config), output, particles=particles, analysis=analysis, states=state or [], box=box, ids=ids, force=force
-    )
+    stage.run(configuration.load(config), output, particles=particles, analysis=analysis, states=state or [], box=box, ids=ids, force=force)
 
 
 @app.command()

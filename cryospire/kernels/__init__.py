@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def splat(xy: Tensor, weight: Tensor, scale: Tensor, box: int, cutoff: float = 3
     float32 on CPU runs in numba; anything else in the plain twin.
     """
     if xy.device.type == "cpu" and xy.dtype == torch.float32:
-        image: Tensor = _Splat.apply(xy, weight, scale, box, cutoff)  # type: ignore[no-untyped-call]
+        image: Tensor = _Splat.apply(xy, weight, scale, box, cutoff)
         return image
     return projection.splat(xy, weight, scale, box, cutoff)
 
@@ -52,10 +53,8 @@ def render_volume(centre: Tensor, amplitude: Tensor, scale: Tensor, box: int, pi
 
 def set_threads(count: int) -> None:
     """Threads of this process for torch and numba alike."""
-    import numba
-
     torch.set_num_threads(count)
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 __all__ = ["render_volume", "set_threads", "splat"]

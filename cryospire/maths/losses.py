@@ -32,7 +32,7 @@ def residual_energy(projection: Tensor, transfer: Tensor, images: Tensor) -> Ten
     ``projection``, ``images`` (B, box, box); ``transfer`` (B, box, box // 2 + 1) real: CTF times whitening.  Differentiable
     in ``projection``, by the adjoint written out: three FFTs a step instead of four.
     """
-    energy: Tensor = _ResidualEnergy.apply(projection, transfer, images)  # type: ignore[no-untyped-call]
+    energy: Tensor = _ResidualEnergy.apply(projection, transfer, images)
     return energy
 
 

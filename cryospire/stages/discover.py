@@ -40,7 +40,9 @@ def run(config: Config, *, particles: Path, consensus: Path, output: Path, force
     with team() as ranks:
         seed_everything(config.seed, 1)
         model = mixtures.Mixture(section_, section_.latent, section_.features, section_.gaussians, data.box, data.pixel_size)
-        model.place(*seed_density(stores.read(density, "map"), stores.read(density, "mask"), section_.gaussians, data.pixel_size, config.seed))
+        model.place(
+            *seed_density(stores.read(density, "map"), stores.read(density, "mask"), section_.gaussians, data.pixel_size, config.seed)
+        )
         torch.nn.init.normal_(model.feature, std=0.1)
         z = 0.1 * torch.randn(len(data), section_.latent)
         say(f"discover: {len(data):,} particles, box {data.box}, {section_.gaussians:,} Gaussians, {ranks.size} rank(s)")
@@ -48,9 +50,15 @@ def run(config: Config, *, particles: Path, consensus: Path, output: Path, force
         latents, history = fit("discover", model, z, data, section_, config.seed, ranks, checkpoints, metrics, force)
         if latents is not None:
             group = stores.create(
-                output, "discovery", config=section(section_), seed=config.seed, inputs={"particles": particles, "consensus": consensus},
-                pixel_size=data.pixel_size, box=data.box, force=force,
-            )  # fmt: skip
+                output,
+                "discovery",
+                config=section(section_),
+                seed=config.seed,
+                inputs={"particles": particles, "consensus": consensus},
+                pixel_size=data.pixel_size,
+                box=data.box,
+                force=force,
+            )
             write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)
 

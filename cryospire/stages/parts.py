@@ -53,7 +53,14 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
         anchor, anchor_of = divide(labels, position, mass, max(settings.anchors, chosen), int(rng.integers(2**31)))
 
     out = stores.create(
-        output, "parts", config=values, seed=config.seed, inputs={"discovery": discovery}, pixel_size=model.pixel_size, box=model.box, force=force
+        output,
+        "parts",
+        config=values,
+        seed=config.seed,
+        inputs={"discovery": discovery},
+        pixel_size=model.pixel_size,
+        box=model.box,
+        force=force,
     )
     out.attrs["parts"] = chosen
     put = stores.put
@@ -149,7 +156,8 @@ def divide(labels: Array, position: Array, mass: Array, anchors: int, seed: int)
     count = np.ones(len(share), int)
     while count.sum() < anchors:
         count[np.argmax(share / count)] += 1
-    nearest, anchor_of = [], np.empty(len(labels), np.int32)
+    nearest: list[Any] = []
+    anchor_of = np.empty(len(labels), np.int32)
     for k, n in enumerate(count):
         members = np.flatnonzero(labels == k)
         fitted = KMeans(min(n, len(members)), n_init=10, random_state=seed).fit(position[members], sample_weight=mass[members])

@@ -45,9 +45,15 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
         latents, history = fit("train", model, z, data, settings, config.seed, ranks, checkpoints, metrics, force)
         if latents is not None:
             group = stores.create(
-                output, "model", config=section(settings), seed=config.seed, inputs={"particles": particles, "discovery": discovery, "parts": parts},
-                pixel_size=data.pixel_size, box=data.box, force=force,
-            )  # fmt: skip
+                output,
+                "model",
+                config=section(settings),
+                seed=config.seed,
+                inputs={"particles": particles, "discovery": discovery, "parts": parts},
+                pixel_size=data.pixel_size,
+                box=data.box,
+                force=force,
+            )
             stores.put(group, "anchors/part", stores.read(division, "anchors/part"), ("anchor",), "part of the anchor")
             discover.write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)

@@ -67,7 +67,9 @@ class Particles:
         self.id, self.half_set = read["id"], read["half_set"]
         self.rotation, self.shift = torch.from_numpy(read["pose/rotation"]).float(), torch.from_numpy(read["pose/shift"]).float()
         self.whitening = torch.from_numpy(read["noise/whitening"]).float()
-        self.ctf = {k: torch.from_numpy(stores.read(group, f"ctf/{k}")) for k in ("defocus_u", "defocus_v", "defocus_angle", "phase_shift", "scale")}
+        self.ctf = {
+            k: torch.from_numpy(stores.read(group, f"ctf/{k}")) for k in ("defocus_u", "defocus_v", "defocus_angle", "phase_shift", "scale")
+        }
         self.group = torch.from_numpy(stores.read(group, "ctf/group")).long()
         self.optics = {k: torch.from_numpy(stores.read(group, f"optics/{k}")) for k in ("voltage", "cs", "amplitude_contrast")}
         self.images = group["images"]
@@ -87,8 +89,16 @@ class Particles:
         c = {k: v[index].float() for k, v in self.ctf.items()}
         o = {k: v[group].float() for k, v in self.optics.items()}
         values = ctf(
-            self.box, self.pixel_size, c["defocus_u"], c["defocus_v"], c["defocus_angle"], o["voltage"], o["cs"], o["amplitude_contrast"], c["phase_shift"]
-        )  # fmt: skip
+            self.box,
+            self.pixel_size,
+            c["defocus_u"],
+            c["defocus_v"],
+            c["defocus_angle"],
+            o["voltage"],
+            o["cs"],
+            o["amplitude_contrast"],
+            c["phase_shift"],
+        )
         return values * c["scale"][:, None, None] * self.whitening[group][:, self.shell]
 
     def read(self, rows: Rows) -> NDArray[Any]:
@@ -101,7 +111,9 @@ class Particles:
         return out
 
 
-def batches(data: Particles, lanes: range, all_lanes: int, batch: int, memory_mib: int, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
+def batches(
+    data: Particles, lanes: range, all_lanes: int, batch: int, memory_mib: int, seed: int, epoch: int, first: int = 0
+) -> Iterator[Batch]:
     """Batches of one epoch for the rank that owns ``lanes``, from global step ``first`` on."""
     bounds = lane_bounds(len(data), all_lanes)
     per_lane = batch // all_lanes
@@ -116,7 +128,14 @@ def batches(data: Particles, lanes: range, all_lanes: int, batch: int, memory_mi
         rows = np.concatenate([p[0] for p in found]) if found else np.empty(0, np.int64)
         images = np.concatenate([p[1] for p in found]) if found else np.empty((0, data.box, data.box), np.float32)
         index = torch.from_numpy(rows)
-        yield Batch(rows, torch.from_numpy(images.astype(np.float32)), data.rotation[index], data.shift[index], data.transfer(rows), len(rows) / total)
+        yield Batch(
+            rows,
+            torch.from_numpy(images.astype(np.float32)),
+            data.rotation[index],
+            data.shift[index],
+            data.transfer(rows),
+            len(rows) / total,
+        )
 
 
 def _lane_reader(

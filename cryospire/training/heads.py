@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def mlp(inputs: int, hidden: int, layers: int, outputs: int) -> nn.Sequential:
@@ -26,12 +26,12 @@ class PairHead(nn.Module):
     def __init__(self, latent: int, features: int, hidden: int, layers: int, outputs: int) -> None:
         super().__init__()
         net = mlp(latent + features, hidden, layers, outputs)
-        self.first, self.rest, self.latent = net[0], net[1:], latent
+        self.first, self.rest, self.latent = nn.Linear(latent + features, hidden), net[1:], latent
 
     def forward(self, z: Tensor, f: Tensor) -> Tensor:
         weight = self.first.weight
-        from_z = torch.nn.functional.linear(z, weight[:, : self.latent], self.first.bias)
-        from_f = torch.nn.functional.linear(f, weight[:, self.latent :])
+        from_z = functional.linear(z, weight[:, : self.latent], self.first.bias)
+        from_f = functional.linear(f, weight[:, self.latent :])
         out: Tensor = self.rest(from_z[:, None] + from_f[None])
         return out.transpose(1, 2)
 
@@ -42,7 +42,9 @@ class FactorizedHead(nn.Module):
     def __init__(self, latent: int, features: int, hidden: int, layers: int, outputs: int, rank: int) -> None:
         super().__init__()
         self.trunk = mlp(latent, hidden, layers, rank)
-        nn.init.kaiming_uniform_(self.trunk[-1].weight, a=5**0.5)  # a product of two small factors would never start
+        last = self.trunk[-1]
+        assert isinstance(last, nn.Linear)
+        last.reset_parameters()  # a product of two small factors would never start
         self.branch = mlp(features, hidden, layers, rank * outputs)
         self.rank, self.outputs = rank, outputs
 

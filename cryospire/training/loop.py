@@ -48,7 +48,16 @@ def decay(progress: float) -> float:
 
 
 def fit(
-    stage: str, model: Mixture, z: Tensor, data: Particles, config: Training, seed: int, team: Team, folder: Path, metrics: Path, force: bool = False
+    stage: str,
+    model: Mixture,
+    z: Tensor,
+    data: Particles,
+    config: Training,
+    seed: int,
+    team: Team,
+    folder: Path,
+    metrics: Path,
+    force: bool = False,
 ) -> tuple[Tensor | None, dict[str, list[float]]]:
     """Train ``model`` in place.  ``z`` (N, D): first latents of all particles.
 
@@ -65,7 +74,14 @@ def fit(
     base_rates = [g["lr"] for g in adam.param_groups]
     per_epoch = steps_in_epoch(len(data), config.lanes, config.batch)
     history: dict[str, list[float]] = {k: [] for k in ("epoch", "loss", "latent_sd", "learning_rate", "images_per_second", "memory_gb")}
-    identity = {"stage": stage, "config": _identity(config), "seed": seed, "particles": len(data), "first_id": int(data.id[0]), "last_id": int(data.id[-1])}
+    identity = {
+        "stage": stage,
+        "config": _identity(config),
+        "seed": seed,
+        "particles": len(data),
+        "first_id": int(data.id[0]),
+        "last_id": int(data.id[-1]),
+    }
 
     first_epoch = first_step = 0
     running = 0.0
@@ -83,7 +99,15 @@ def fit(
         columns = team.gather(latents.z)
         total = team.sum(running)[0] if step else 0.0
         if columns is not None:
-            state = {"model": model.state_dict(), "adam": adam.state_dict(), "latents": columns, "fisher": latents.fisher, "epoch": epoch, "step": step, "history": history}
+            state = {
+                "model": model.state_dict(),
+                "adam": adam.state_dict(),
+                "latents": columns,
+                "fisher": latents.fisher,
+                "epoch": epoch,
+                "step": step,
+                "history": history,
+            }
             checkpoint.save(folder, state | {"identity": identity, "running": total})
 
     wish = _signals()
@@ -115,7 +139,9 @@ def fit(
                 if (step + 1) % AGREE_EVERY == 0:
                     total, stops, overdue = team.sum(running, wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
                     if not math.isfinite(total):
-                        raise InputError(f"{stage}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; lower lr or look for damaged images")
+                        raise InputError(
+                            f"{stage}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; lower lr or look for damaged images"
+                        )
                     if stops or overdue:
                         keep(epoch, step + 1)
                         running = running if team.rank == 0 else 0.0
@@ -128,9 +154,13 @@ def fit(
             if not math.isfinite(total):
                 raise InputError(f"{stage}: the loss is not finite in epoch {epoch + 1}; lower lr or look for damaged images")
             numbers = {
-                "epoch": epoch + 1, "loss": total / len(data), "latent_sd": math.sqrt(spread / z.numel()), "learning_rate": config.lr * factor,
-                "images_per_second": len(data) * (1 - first_step / per_epoch) / (time.monotonic() - began), "memory_gb": memory_gb(),
-            }  # fmt: skip
+                "epoch": epoch + 1,
+                "loss": total / len(data),
+                "latent_sd": math.sqrt(spread / z.numel()),
+                "learning_rate": config.lr * factor,
+                "images_per_second": len(data) * (1 - first_step / per_epoch) / (time.monotonic() - began),
+                "memory_gb": memory_gb(),
+            }
             for name, value in numbers.items():
                 history[name].append(value)
             progress.record(**numbers)

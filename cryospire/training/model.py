@@ -31,7 +31,14 @@ class Mixture(nn.Module):
     """
 
     def __init__(
-        self, config: Training, latent: int, features: int, gaussians: int, box: int, pixel_size: float, anchor_sizes: list[int] | None = None
+        self,
+        config: Training,
+        latent: int,
+        features: int,
+        gaussians: int,
+        box: int,
+        pixel_size: float,
+        anchor_sizes: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.latent, self.box, self.pixel_size = config, latent, box, pixel_size
@@ -46,7 +53,14 @@ class Mixture(nn.Module):
         self.feature = nn.Parameter(torch.zeros(gaussians, features))  # stage 2: the offsets df
         self.positional = isinstance(config, Train) and config.positional
         inputs = 6 * FOURIER_BANDS if self.positional else features
-        sizes: dict[str, Any] = {"kind": config.head, "latent": latent, "features": inputs, "hidden": config.hidden, "layers": config.layers, "rank": config.rank}
+        sizes: dict[str, Any] = {
+            "kind": config.head,
+            "latent": latent,
+            "features": inputs,
+            "hidden": config.hidden,
+            "layers": config.layers,
+            "rank": config.rank,
+        }
         self.flex = head(outputs=3, **sizes)
         self.occupancy = head(outputs=1, **sizes)
         self.anchor_motion: nn.Module | None = None
@@ -92,9 +106,7 @@ class Mixture(nn.Module):
         rotation, translation = self.anchor_pose(z)
         target = self.anchor_centre.T + translation
         blocks = torch.split(self.centre, self.anchor_sizes, 1)
-        moved = [
-            rotation[:, a] @ (block - self.anchor_centre[:, a : a + 1]) + target[:, a, :, None] for a, block in enumerate(blocks)
-        ]
+        moved = [rotation[:, a] @ (block - self.anchor_centre[:, a : a + 1]) + target[:, a, :, None] for a, block in enumerate(blocks)]
         return torch.cat(moved, 2)
 
     def gaussians(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,9 +160,12 @@ def save(group: Any, model: Mixture) -> None:
     for name, value in model.state_dict().items():
         stores.put(group, f"networks/{name}", value.cpu().numpy(), tuple(f"dim_{k}" for k in range(value.ndim)), f"parameter {name}")
     group.attrs["mixture"] = {
-        "kind": type(model.config).__name__, "latent": model.latent, "features": model.feature.shape[1], "gaussians": model.centre.shape[1],
+        "kind": type(model.config).__name__,
+        "latent": model.latent,
+        "features": model.feature.shape[1],
+        "gaussians": model.centre.shape[1],
         "anchor_sizes": model.anchor_sizes,
-    }  # fmt: skip
+    }
 
 
 def load(path: Path) -> Mixture:

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from cryospire import kernels
-from cryospire.maths import projection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from cryospire import kernels
+from cryospire.maths import projection
 
 
 def scene(images: int, gaussians: int, box: int, scales: tuple[float, float], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,7 +37,13 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 3), st.integers(1, 70), st.sampled_from([8, 22, 64]), st.sampled_from([(0.35, 0.6), (0.8, 1.5), (2.0, 9.0)]), st.integers(0, 99))
+@given(
+    st.integers(0, 3),
+    st.integers(1, 70),
+    st.sampled_from([8, 22, 64]),
+    st.sampled_from([(0.35, 0.6), (0.8, 1.5), (2.0, 9.0)]),
+    st.integers(0, 99),
+)
 def test_twins_agree(images: int, gaussians: int, box: int, scales: tuple[float, float], seed: int) -> None:
     fast, plain = both_ways(*scene(images, gaussians, box, scales, seed), cutoff=3.0)
     assert len(fast) == 4

@@ -1,4 +1,5 @@
 import torch
+
 from cryospire.maths.losses import residual_energy, residual_energy_plain
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from cryospire import kernels
 from cryospire.io import stores
 from cryospire.maths.poses import random_rotations
@@ -26,11 +27,21 @@ def make_store(path: Path) -> Path:
     array[...] = images.numpy()
     zeros = np.zeros(COUNT, np.float32)
     columns = {
-        "id": np.arange(COUNT) * 7 + 1, "half_set": (np.arange(COUNT) % 2 + 1).astype(np.int8), "pose/rotation": rotation.numpy(),
-        "pose/shift": np.zeros((COUNT, 2), np.float32), "noise/whitening": np.ones((1, BOX // 2 + 1), np.float32),
-        "ctf/defocus_u": zeros, "ctf/defocus_v": zeros, "ctf/defocus_angle": zeros, "ctf/phase_shift": zeros + 90, "ctf/scale": zeros + 1,
-        "ctf/group": np.zeros(COUNT, np.int32), "optics/voltage": np.array([300.0]), "optics/cs": np.array([0.0]), "optics/amplitude_contrast": np.array([0.0]),
-    }  # fmt: skip
+        "id": np.arange(COUNT) * 7 + 1,
+        "half_set": (np.arange(COUNT) % 2 + 1).astype(np.int8),
+        "pose/rotation": rotation.numpy(),
+        "pose/shift": np.zeros((COUNT, 2), np.float32),
+        "noise/whitening": np.ones((1, BOX // 2 + 1), np.float32),
+        "ctf/defocus_u": zeros,
+        "ctf/defocus_v": zeros,
+        "ctf/defocus_angle": zeros,
+        "ctf/phase_shift": zeros + 90,
+        "ctf/scale": zeros + 1,
+        "ctf/group": np.zeros(COUNT, np.int32),
+        "optics/voltage": np.array([300.0]),
+        "optics/cs": np.array([0.0]),
+        "optics/amplitude_contrast": np.array([0.0]),
+    }
     for name, data in columns.items():
         stores.put(group, name, data, tuple(f"dim_{k}" for k in range(data.ndim)), name)
     stores.finish(group)

@@ -2,10 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cryospire.io import stores
-from cryospire.training.data import Particles, batches, lane_order, prefetch, steps_in_epoch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cryospire.io import stores
+from cryospire.training.data import Particles, batches, lane_order, prefetch, steps_in_epoch
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from cryospire.config import Discover
 from cryospire.conventions import InputError
 from cryospire.io import stores
@@ -31,7 +32,9 @@ def train(store: Path, folder: Path, **changes: object) -> tuple[torch.Tensor | 
     model.place(12 * torch.randn(24, 3), torch.full((24,), 5.0), torch.full((24,), 0.01))
     torch.nn.init.normal_(model.feature, std=0.1)
     with team() as ranks:
-        z, history = fit("test", model, 0.1 * torch.randn(len(data), 2), data, config, 1, ranks, folder / "checkpoints", folder / "metrics.jsonl")
+        z, history = fit(
+            "test", model, 0.1 * torch.randn(len(data), 2), data, config, 1, ranks, folder / "checkpoints", folder / "metrics.jsonl"
+        )
     return z, model, history
 
 
@@ -97,7 +100,9 @@ def test_ranks_reach_what_one_process_reaches(particles: Path, tmp_path: Path, r
     program = tmp_path / "program.py"
     program.write_text(RANKS.format(tests=str(Path(__file__).parent), store=str(particles), folder=str(tmp_path)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
-    done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        launch, env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     z_ranks, state, history_ranks = torch.load(tmp_path / "result.pt")
     assert z is not None
