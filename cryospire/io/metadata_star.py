@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cryospire.conventions import InputError
 
 CHUNK = 1 << 24  # bytes
-TOKEN = re.compile(r"""\s*(?:"([^"]*)"(?=\s|$)|'([^']*)'(?=\s|$)|([^\s"']\S*))""")
+TOKEN = re.compile(r"""\s*(?:"([^"]*)"(?=\s|$)|'([^']*)'(?=\s|$)|([^\s"']\S*))""", re.ASCII)
 
 
 @dataclass
@@ -109,7 +109,7 @@ def _heading(path: Path, number: int, text: bytes, blocks: list[Block], loop: bo
 
 def tokens(path: Path, number: int, line: bytes) -> list[str]:
     """Values of one row; quotes (double or single) hold values with blanks, or empty ones."""
-    text, at, values = _decode(path, number, line).rstrip(), 0, []
+    text, at, values = _decode(path, number, line.rstrip()), 0, []
     while at < len(text):
         match = TOKEN.match(text, at)
         if match is None:
@@ -184,22 +184,20 @@ def _parse(path: Path, block: Block, chunk: list[tuple[int, bytes]], numbers: li
     if b'"' in data or b"'" in data:
         return _parse_slowly(path, block, chunk, numbers, strings)
     n = len(block.columns)
+    if any(len(line.split()) != n for _, line in chunk):
+        return _parse_slowly(path, block, chunk, numbers, strings)
     place = {c: block.columns.index(c) for c in numbers + strings}
-    dtypes: dict[int, Any] = {n - 1: object, n: object}  # the last column must be there, and nothing after it
-    dtypes |= {place[c]: object for c in strings}
-    dtypes |= {place[c]: np.float64 for c in numbers if place[c] != n - 1}
+    dtypes: dict[int, Any] = {place[c]: np.float64 for c in numbers} | {place[c]: object for c in strings}
     try:
         frame = pd.read_csv(
-            io.BytesIO(data), sep=r"\s+", header=None, names=list(range(n + 1)), usecols=sorted(dtypes), dtype=dtypes,
+            io.BytesIO(data), sep=r"\s+", header=None, names=list(range(n)), usecols=sorted(dtypes), dtype=dtypes,
             index_col=False, quoting=3, na_filter=False, engine="c", low_memory=False,
         )  # fmt: skip
-        last, beyond = frame[n - 1], frame[n]
-        whole = len(frame) == len(chunk) and bool((last != "").all()) and bool((beyond == "").all())
-        columns: dict[str, Any] = {c: np.asarray(frame[place[c]], np.float64) for c in numbers}
-    except (ValueError, pd.errors.ParserError, OverflowError):
-        whole = False
-    if not whole:
+    except (ValueError, OverflowError):
+        return _parse_slowly(path, block, chunk, numbers, strings)  # which names the line
+    if len(frame) != len(chunk):
         return _parse_slowly(path, block, chunk, numbers, strings)
+    columns: dict[str, Any] = {c: frame[place[c]].to_numpy() for c in numbers}
     return columns | {c: frame[place[c]].tolist() for c in strings}
 
 

@@ -165,3 +165,16 @@ def test_a_large_table_in_pieces_is_the_table_in_one_piece(tmp_path: Path, monke
     pieces = metadata.read(path)
     np.testing.assert_array_equal(pieces.rotation, whole.rotation)
     assert pieces.image_names == whole.image_names
+
+
+def test_plain_rows_are_parsed_in_bulk_to_the_values_of_the_slow_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = builders.planted(tmp_path, 40)
+    path = builders.star31(tmp_path / "p.star", p)
+    block = metadata_star.scan(path)[1]
+    numbers, strings = ["rlnAngleRot", "rlnOpticsGroup"], ["rlnImageName"]
+    chunk = next(metadata_star.row_lines(path, block))
+    slow = metadata_star._parse_slowly(path, block, chunk, numbers, strings)
+    monkeypatch.delattr(metadata_star, "_parse_slowly")
+    fast = metadata_star.read_columns(path, block, numbers, strings)
+    assert fast["rlnImageName"] == slow["rlnImageName"] == p.names
+    np.testing.assert_allclose(fast["rlnAngleRot"], slow["rlnAngleRot"], rtol=1e-15)
