@@ -13,6 +13,8 @@ rule environment:
         touch(f"{O}/environments/{{peer}}/ready"),
     log:
         f"{O}/environments/{{peer}}.log",
+    conda:
+        "../../envs/cpu.yaml"
     message:
         "environment: {wildcards.peer} from PyPI"
     shell:
@@ -39,6 +41,8 @@ rule cryodrgn:
         epochs=PEER_EPOCHS,
         flags=PEER_FLAGS,
         program=HERE / "benchmark.py",
+    conda:
+        "../../envs/cpu.yaml"
     message:
         "cryodrgn: {wildcards.dataset} {wildcards.size} {wildcards.level} seed {wildcards.seed}"
     shell:
@@ -71,6 +75,8 @@ rule recovar:
         zdim=10,
         flags=config.get("recovar_flags", ""),
         program=HERE / "benchmark.py",
+    conda:
+        "../../envs/cpu.yaml"
     message:
         "recovar: {wildcards.dataset} {wildcards.size} {wildcards.level} seed {wildcards.seed}"
     shell:

@@ -1,0 +1,72 @@
+"""The benchmark's own Snakefile and its small commands, on planted numbers."""
+
+import csv
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "workflow/benchmark/benchmark.py"
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(PROGRAM), *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_whole_benchmark_plans_a_run_of_everything() -> None:
+    options = ["--config", "sizes=[small,medium,full]", "peers=[cryodrgn,recovar]", "variants=[base,no-anchor-motion,random-parts]"]
+    command = [sys.executable, "-m", "snakemake", "-s", "workflow/benchmark/Snakefile", "--cores", "1", "--dry-run", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit())
+    # 5 data sets, 3 sizes, 2 levels, 3 seeds.
+    assert counts["simulate"] == counts["cryodrgn"] == counts["recovar"] == "90" and counts["run"] == "270"
+
+
+@pytest.mark.parametrize("dataset", ["igg-1d", "igg-rl", "assembly", "mixed", "phantom"])
+def test_configs_keep_the_energy_and_the_change(tmp_path: Path, dataset: str) -> None:
+    own = ROOT / f"workflow/benchmark/{dataset}.yaml"
+    base = own if own.exists() else ROOT / f"workflow/config/{dataset}.yaml"
+    size, changes = {"box": 128, "pixel_size": 3.0, "particles": 5000, "states": 25}, {"train": {"anchor_motion": False}}
+    done = call("config", base, "--size", json.dumps(size), "--energy", 655.36, "--seed", 4, "--run", tmp_path, "--variant", "other",
+                "--changes", json.dumps(changes))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    simulate, other = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("simulate", "other"))
+    assert simulate["simulate"]["snr"] == pytest.approx(0.04) and simulate["simulate"]["particles"] == 5000
+    assert simulate["simulate"]["states"] == (16 if dataset == "assembly" else 25)
+    assert "simulate" not in other and other["train"]["anchor_motion"] is False and simulate["seed"] == other["seed"] == 4
+
+
+def test_latents_nearest_to_their_state_mean(tmp_path: Path) -> None:
+    label = np.array([0, 0, 0, 1, 1, 1], np.int32)
+    z = np.array([[0, 0], [1, 0.1], [2, 0], [5, 5], [5, 6], [5, 9]], np.float32)
+    np.save(tmp_path / "labels.npy", label)
+    (tmp_path / "z.pkl").write_bytes(pickle.dumps(z))
+    assert call("zfile", tmp_path / "z.pkl", tmp_path / "labels.npy", tmp_path / "z.txt").returncode == 0
+    assert np.allclose(np.loadtxt(tmp_path / "z.txt"), [[1, 0.1], [5, 6]])
+    np.save(tmp_path / "labels.npy", label[:5])
+    done = call("zfile", tmp_path / "z.pkl", tmp_path / "labels.npy", tmp_path / "z.txt")
+    assert done.returncode == 2 and "5 labels" in done.stderr
+
+
+def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
+    files = []
+    for seed, area in enumerate((0.40, 0.42, 0.44)):
+        file = tmp_path / f"mixed-small-hard-seed{seed}/base/evaluation.json"
+        file.parent.mkdir(parents=True)
+        entry = {"auc": {"mean": area, "sd": 0.01}, "unmasked": {"mean": 0.3}, "difference": {"mean": area - 0.1}}
+        file.write_text(json.dumps({"methods": {"consensus": entry, "stage 2": entry}}))
+        files.append(file)
+    done = call("table", tmp_path / "table.csv", *files)
+    assert done.returncode == 0, done.stderr
+    rows = {r["method"]: r for r in csv.DictReader((tmp_path / "table.csv").open())}
+    assert set(rows) == {"consensus", "stage 2, base"}
+    assert rows["stage 2, base"]["dataset"] == "mixed-small-hard" and rows["stage 2, base"]["seeds"] == "3"
+    assert float(rows["consensus"]["auc"]) == pytest.approx(0.42) and float(rows["consensus"]["auc_spread"]) == pytest.approx(0.02)
+    assert "0.3200 (0.0200)" in (tmp_path / "table.md").read_text() and (tmp_path / "table.png").exists()
