@@ -1,0 +1,120 @@
+"""Parts from planted features, seeds from a known density, and a fine mixture that keeps what the coarse one holds."""
+
+import numpy as np
+import pytest
+import torch
+from cryospire.config import Config, Discover, Parts, Train
+from cryospire.conventions import InputError
+from cryospire.io import mrc, stores
+from cryospire.kernels import render_volume
+from cryospire.maths.metrics import fsc
+from cryospire.stages import discover, parts, train
+from cryospire.training import model as mixtures
+from sklearn.metrics import adjusted_rand_score
+
+BOX, PIXEL, G = 32, 4.0, 240
+
+
+def planted(seed: int = 0) -> tuple[mixtures.Mixture, np.ndarray]:
+    """A coarse mixture of three regions in space whose features differ, buried in the noise that training leaves."""
+    rng = np.random.default_rng(seed)
+    truth = np.repeat([0, 1, 2], [120, 80, 40])
+    home = np.array([[-22.0, 0, 0], [20, 14, 0], [16, -20, 8]])
+    model = mixtures.Mixture(Discover(gaussians=G, latent=2, features=6), 2, 6, G, BOX, PIXEL)
+    centre = home[truth] + rng.normal(0, 5, (G, 3))
+    model.place(torch.from_numpy(centre).float(), torch.full((G,), 6.0), torch.full((G,), 0.3))
+    with torch.no_grad():
+        model.feature.copy_(torch.from_numpy(np.eye(6)[truth] + rng.normal(0, 0.35, (G, 6))))
+    return model, truth
+
+
+@pytest.fixture(scope="module")
+def discovery(tmp_path_factory):  # type: ignore[no-untyped-def]
+    path = tmp_path_factory.mktemp("parts") / "discovery.zarr"
+    model, truth = planted()
+    group = stores.create(path, "discovery", config=model.config.model_dump(mode="json"), seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
+    mixtures.save(group, model)
+    stores.put(group, "latents", np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32), ("particle", "latent"), "latent")
+    stores.finish(group)
+    return path, truth
+
+
+def division(discovery, tmp_path, **changes):  # type: ignore[no-untyped-def]
+    config = Config(parts=Parts(**changes))
+    parts.run(config, discovery=discovery[0], output=tmp_path / "parts.zarr", force=True)
+    return stores.open_store(tmp_path / "parts.zarr", "parts")
+
+
+def test_planted_parts_and_their_number_are_found(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found = division(discovery, tmp_path, max_parts=6)
+    assert found.attrs["parts"] == 3
+    labels, anchor = stores.read(found, "part"), stores.read(found, "anchor")
+    assert adjusted_rand_score(discovery[1], labels) > 0.95
+    assert np.all(np.diff(np.bincount(labels)) <= 0), "parts come largest first"
+    assert np.array_equal(stores.read(found, "anchors/part")[anchor], labels), "an anchor serves one part"
+    assert len(np.unique(anchor)) == 5
+
+
+def test_masks_cover_their_parts_and_lie_between_zero_and_one(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found = division(discovery, tmp_path, parts=3)
+    labels, position = stores.read(found, "part"), stores.read(found, "position")
+    voxel = np.round(position / PIXEL).astype(int) + BOX // 2
+    for k in range(3):
+        mask, pixel = mrc.read_volume(tmp_path / "parts_masks" / f"part_{k + 1}.mrc")
+        x, y, z = voxel[labels == k].T
+        assert pixel == PIXEL and mask.min() >= 0 and mask.max() <= 1
+        assert np.mean(mask[z, y, x] > 0.99) > 0.95
+        assert mask.mean() < 0.2
+
+
+def test_random_parts_know_nothing(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found = division(discovery, tmp_path, parts=3, random=True)
+    assert abs(adjusted_rand_score(discovery[1], stores.read(found, "part"))) < 0.1
+
+
+def test_too_few_anchors_are_refused(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=r"parts\.anchors: 2 anchors cannot serve 3 parts"):
+        division(discovery, tmp_path, parts=3, anchors=2)
+
+
+def test_seeds_follow_the_density_and_hold_its_mass() -> None:
+    centre = torch.tensor([[20.0, 0, 0], [-14, 10, 6]])
+    truth = render_volume(centre, torch.tensor([1.0, 2.0]), torch.tensor([9.0, 12.0]), BOX, PIXEL)
+    c, s, a = discover.seed_density(truth.numpy(), np.ones((BOX,) * 3, np.float32), 1000, PIXEL, 0)
+    present = torch.sigmoid(torch.tensor(mixtures.OCCUPANCY_BIAS))
+    seeded = render_volume(c, a * present, s, BOX, PIXEL)
+    assert float(seeded.sum() / truth.sum()) == pytest.approx(1, abs=0.02)
+    assert bool((fsc(seeded, truth)[:5] > 0.97).all())
+
+
+def test_children_keep_the_density_of_their_parents(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found = division(discovery, tmp_path, parts=3)
+    coarse = mixtures.load(discovery[0])
+    config = Config(train=Train(gaussians=4 * G, hidden=16, layers=1, rank=4))
+    fine, parent = train.inherit(config, coarse, found, BOX, PIXEL)
+    anchor = stores.read(found, "anchor")
+    assert np.array_equal(fine.anchor.numpy(), anchor[parent.numpy()]), "a child moves with its parent's anchor"
+    volumes = []
+    for mixture in (coarse, fine):
+        amplitude = (mixture.relative_amplitude * mixture.amplitude_unit).detach()
+        volumes.append(render_volume(mixture.centre.detach().T * PIXEL, amplitude, mixture.scale.detach(), BOX, PIXEL))
+    assert float(volumes[1].sum() / volumes[0].sum()) == pytest.approx(1, abs=0.02)
+    assert bool((fsc(volumes[1], volumes[0])[:7] > 0.95).all())
+
+
+def test_anchors_move_rigidly(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Without flex, distances inside an anchor's Gaussians do not depend on the latent."""
+    found = division(discovery, tmp_path, parts=3)
+    config = Config(train=Train(gaussians=G, hidden=16, layers=1))
+    fine, _ = train.inherit(config, mixtures.load(discovery[0]), found, BOX, PIXEL)
+    with torch.no_grad():
+        assert fine.anchor_motion is not None
+        fine.anchor_motion[-1].weight.mul_(200)  # type: ignore[index, union-attr, operator]
+        moved = fine.rigid(torch.tensor([[1.5, -2.0], [0.3, 0.1]]))
+    first = slice(0, fine.anchor_sizes[0])
+    distances = [
+        torch.cdist(c[:, first].T, c[:, first].T, compute_mode="donot_use_mm_for_euclid_dist") for c in (*moved, fine.centre.detach())
+    ]
+    assert float((moved[0] - fine.centre.detach()).abs().max()) > 1
+    for d in distances[:2]:
+        torch.testing.assert_close(d, distances[2], rtol=1e-4, atol=2e-3)
