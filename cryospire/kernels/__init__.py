@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numba
@@ -34,8 +35,13 @@ class _Splat(torch.autograd.Function):
 def splat(xy: Tensor, weight: Tensor, scale: Tensor, box: int, cutoff: float = 3.0) -> Tensor:
     """Truncated splatting, differentiable in its first three arguments; see ``maths.projection.splat``.
 
-    float32 on CPU runs in numba; anything else in the plain twin.
+    float32 runs in numba on CPU and in Triton, where it is installed, on GPU; anything else in the plain twin.
     """
+    if xy.device.type == "cuda" and xy.dtype == torch.float32 and find_spec("triton"):
+        from cryospire.kernels import splat_gpu
+
+        on_gpu: Tensor = splat_gpu.Splat.apply(xy, weight, scale, box, cutoff)
+        return on_gpu
     if xy.device.type == "cpu" and xy.dtype == torch.float32:
         image: Tensor = _Splat.apply(xy, weight, scale, box, cutoff)
         return image

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
+
 from cryospire.config import Config, Discover, Parts, Train
 from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
@@ -10,7 +12,6 @@ from cryospire.kernels import render_volume
 from cryospire.maths.metrics import fsc
 from cryospire.stages import discover, parts, train
 from cryospire.training import model as mixtures
-from sklearn.metrics import adjusted_rand_score
 
 BOX, PIXEL, G = 32, 4.0, 240
 
