@@ -126,10 +126,11 @@ def test_forcerun(run: Path, stage: str, expected: set[str]) -> None:
     assert planned(run, "--forcerun", stage) == expected
 
 
-def test_a_given_map_changes_no_image(run: Path) -> None:
+def test_a_given_map_is_checked_first(run: Path) -> None:
+    """Its hand is a matter of the preflight, on which everything depends."""
     (run / "given.mrc").write_text("map")
     write_config(run, {"map": "given.mrc"})
-    assert planned(run) == {"preflight"} | AFTER_PREPROCESS
+    assert planned(run) == {"preflight", "preprocess"} | AFTER_PREPROCESS
 
 
 def test_another_name_of_the_config_reruns_nothing(run: Path) -> None:

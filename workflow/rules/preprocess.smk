@@ -1,6 +1,6 @@
 rule preprocess:
     input:
-        ancient(R / "preflight.json"),  # has to have passed; what it found changes no image
+        R / "preflight.json",
         source_files("particles", "poses", "ctf", "passthrough"),
         [SIMULATED / "particles.mrcs"] if CONFIG.simulate else [],
     output:
