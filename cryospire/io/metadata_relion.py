@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import starfile
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -202,12 +204,10 @@ def write_star(path: Path, table: ParticleTable, image_names: Sequence[str] | No
     if np.any(table.half_set):
         particles["rlnRandomSubset"] = table.half_set
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="\n") as f:
-        f.write("# version 30001\n")
-        for name, columns in (("optics", optics), ("particles", particles)):
-            f.write(f"\ndata_{name}\n\nloop_\n" + "".join(f"_{c} #{i}\n" for i, c in enumerate(columns, 1)))
-            f.writelines("\t".join(map(_cell, row)) + "\n" for row in zip(*columns.values(), strict=True))
-        f.write("\n")
+    tables = {name: pd.DataFrame(columns) for name, columns in (("optics", optics), ("particles", particles))}
+    text: str = starfile.to_string(tables, float_format="%.6f", sep="\t")
+    # starfile's first line is a time stamp, which would make no two files the same; RELION's own says the version.
+    path.write_text("# version 30001\n" + text.split("\n", 1)[1], newline="\n")
 
 
 def euler_angles(rotation: Floats) -> Floats:
@@ -215,9 +215,3 @@ def euler_angles(rotation: Floats) -> Floats:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gimbal lock at tilt 0: any split between rot and psi is right
         return Rotation.from_matrix(rotation.transpose(0, 2, 1)).as_euler("ZYZ", degrees=True)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"' if not value or any(c.isspace() for c in value) else value
-    return f"{value:.6f}" if isinstance(value, float | np.floating) else str(value)
