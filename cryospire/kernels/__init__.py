@@ -9,7 +9,7 @@ import numba
 import torch
 from torch import Tensor
 
-from cryospire.kernels import splat_cpu
+from cryospire.kernels import pairhead_cpu, splat_cpu
 from cryospire.maths import projection
 
 
@@ -48,6 +48,22 @@ def splat(xy: Tensor, weight: Tensor, scale: Tensor, box: int, cutoff: float = 3
     return projection.splat(xy, weight, scale, box, cutoff)
 
 
+def pair_head(a: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``relu(a_b + f_g) weight^T + bias`` of every pair: (B, O, G) of ``a`` (B, H), ``f`` (G, H), ``weight`` (O, H), ``bias`` (O).
+
+    float32 runs in numba on CPU, without writing the hidden layer (B, G, H) to memory; anything else in plain torch.
+    """
+    if a.device.type == "cpu" and a.dtype == torch.float32:
+        fused: Tensor = pairhead_cpu.Pairs.apply(a, f, weight, bias)
+        return fused
+    return pair_head_plain(a, f, weight, bias)
+
+
+def pair_head_plain(a: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Plain twin of ``pair_head``."""
+    return torch.nn.functional.linear(torch.relu(a[:, None] + f[None]), weight, bias).transpose(1, 2)
+
+
 def render_volume(centre: Tensor, amplitude: Tensor, scale: Tensor, box: int, pixel_size: float, cutoff: float = 4.0) -> Tensor:
     """Volume (box, box, box) as [z, y, x] of ``sum_i m_i exp(-|p - c_i|^2 / 2 s_i^2)`` at voxel centres.
 
@@ -63,4 +79,4 @@ def set_threads(count: int) -> None:
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
-__all__ = ["render_volume", "set_threads", "splat"]
+__all__ = ["pair_head", "pair_head_plain", "render_volume", "set_threads", "splat"]
