@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cryospire import kernels
+
 
 def mlp(inputs: int, hidden: int, layers: int, outputs: int) -> nn.Sequential:
     """Hidden layers with ReLU, then a linear output whose weights start near zero and whose bias is zero."""
@@ -26,12 +28,15 @@ class PairHead(nn.Module):
     def __init__(self, latent: int, features: int, hidden: int, layers: int, outputs: int) -> None:
         super().__init__()
         net = mlp(latent + features, hidden, layers, outputs)
-        self.first, self.rest, self.latent = nn.Linear(latent + features, hidden), net[1:], latent
+        self.first, self.rest, self.latent = nn.Linear(latent + features, hidden), nn.Sequential(*net[1:]), latent
 
     def forward(self, z: Tensor, f: Tensor) -> Tensor:
         weight = self.first.weight
         from_z = functional.linear(z, weight[:, : self.latent], self.first.bias)
         from_f = functional.linear(f, weight[:, self.latent :])
+        last = self.rest[-1]
+        if len(self.rest) == 2 and isinstance(last, nn.Linear):
+            return kernels.pair_head(from_z, from_f, last.weight, last.bias)
         out: Tensor = self.rest(from_z[:, None] + from_f[None])
         return out.transpose(1, 2)
 
