@@ -27,7 +27,7 @@ class PairHead(nn.Module):
 
     def __init__(self, latent: int, features: int, hidden: int, layers: int, outputs: int) -> None:
         super().__init__()
-        net = mlp(latent + features, hidden, layers, outputs)
+        net = list(mlp(latent + features, hidden, layers, outputs))
         self.first, self.rest, self.latent = nn.Linear(latent + features, hidden), nn.Sequential(*net[1:]), latent
 
     def forward(self, z: Tensor, f: Tensor) -> Tensor:

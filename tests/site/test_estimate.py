@@ -46,8 +46,8 @@ def test_small_data_take_one_gpu() -> None:
 
 
 def test_bounds_of_the_site() -> None:
-    found = estimate.need(Config(), "train", LARGE, Site(max_mem_mb=4000, max_runtime=90), attempt=3)
-    assert found.mem_mb == 4000 and found.runtime == 90
+    found = estimate.need(Config(), "train", LARGE, Site(max_mem_mb=2000, max_runtime=90), attempt=3)
+    assert found.mem_mb == 2000 and found.runtime == 90
 
 
 def test_alone_there_is_one_task() -> None:
