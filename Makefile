@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench schema lock clean-demo
+.PHONY: demo test lint bench bench-speed schema lock clean-demo
 
 # The lock is installed once, and again only when it has changed; no compiler is needed, every package is a wheel.
 .venv/locked: envs/cpu.lock
@@ -32,6 +32,10 @@ lint: .venv/installed
 	ruff check .
 	mypy
 	snakemake --lint --configfile workflow/config/demo.yaml
+
+# Speed of training on this machine, a few minutes.
+bench-speed: .venv/installed
+	cryospire bench --output bench.json
 
 # The phantom at one level and one seed; every data set and level: workflow/benchmark/Snakefile without these.
 bench: .venv/installed

@@ -230,6 +230,17 @@ def summary(results: Annotated[Path, typer.Argument(help="folder of the run")] =
     stage.run(results)
 
 
+@app.command()
+def bench(
+    output: Output = Path("bench.json"),
+    quick: Annotated[bool, typer.Option("--quick", help="tiny sizes: whether it runs, not how fast")] = False,
+) -> None:
+    """Speed of training on this machine: parts of a step, dense reference, hardware floor, feed."""
+    from cryospire.stages import bench as stage
+
+    stage.run(output, quick=quick)
+
+
 cluster = typer.Typer(no_args_is_help=True, help="The cluster that jobs go to.")
 app.add_typer(cluster, name="cluster")
 
