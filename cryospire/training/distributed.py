@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -92,15 +93,19 @@ def team() -> Iterator[Team]:
     members = Team()
     try:
         yield members
-    except BaseException:
-        # Leaving without a goodbye: the others' collectives fail at once instead of waiting for this rank.
-        if members.size > 1:
-            import traceback
-
-            traceback.print_exc()
-            time.sleep(0.5)
-            os._exit(1)
+    except SystemExit:
+        members.close()  # every rank leaves together, saved
         raise
+    except BaseException as error:
+        if members.size == 1:
+            raise
+        # Leaving without a goodbye: the others' collectives fail at once instead of waiting for this rank.
+        if isinstance(error, InputError):
+            print(f"cryospire: error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     members.close()
 
 

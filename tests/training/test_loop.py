@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,49 @@ def test_ranks_reach_what_one_process_reaches(particles: Path, tmp_path: Path, r
     assert history["loss"] == pytest.approx(history_ranks["loss"], rel=1e-5)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=3e-3)
+
+
+def ranks_by_hand(tmp_path: Path, particles: Path, program: str) -> list[subprocess.Popen[str]]:
+    """Two ranks with the variables that a launcher sets, so that each one's exit code is seen."""
+    path = tmp_path / "program.py"
+    path.write_text(program.format(tests=str(Path(__file__).parent), store=str(particles), folder=str(tmp_path)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    launch = [sys.executable, str(path)]
+    return [
+        subprocess.Popen(launch, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
+    ]
+
+
+LONG = RANKS.replace("epochs=2", "epochs=100000")
+
+
+def wait_for_checkpoint(folder: Path) -> None:
+    for _ in range(1200):
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint within two minutes")
+
+
+def test_a_signal_to_one_rank_ends_both_saved_with_the_code_that_asks_for_more(particles: Path, tmp_path: Path) -> None:
+    ranks = ranks_by_hand(tmp_path, particles, LONG)
+    wait_for_checkpoint(tmp_path)
+    ranks[1].send_signal(signal.SIGUSR1)
+    errors = [r.communicate(timeout=120)[1] for r in ranks]
+    assert [r.returncode for r in ranks] == [75, 75], errors
+    assert "run the same command to go on" in errors[0]
+
+
+def test_a_rank_that_is_killed_ends_the_other_at_once(particles: Path, tmp_path: Path) -> None:
+    ranks = ranks_by_hand(tmp_path, particles, LONG)
+    wait_for_checkpoint(tmp_path)
+    ranks[1].kill()
+    assert ranks[0].wait(timeout=60) == 1
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+    ranks[1].wait()
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
