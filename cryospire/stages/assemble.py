@@ -7,6 +7,7 @@ do not depend on the number of ranks.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def run(config: Config, model: Path, analysis: Path, output: Path, force: bool =
 
             traceback.print_exc()
         print(f"cryospire: error: {error}" + ("" if known else f" (rank {comm.rank})"), file=sys.stderr, flush=True)
+        time.sleep(1)  # MPICH's launcher drops what it has not yet passed on when it is told to abort
         comm.Abort(2 if known else 1)
 
 
