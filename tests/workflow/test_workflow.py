@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from cryospire import config as configuration
+from cryospire.site import estimate, lock
 
 ROOT = Path(__file__).parents[2]
 STORES = ("particles", "consensus", "discovery", "parts", "model", "analysis", "volumes")
@@ -121,9 +122,46 @@ def test_touching_an_input_reruns_what_reads_it(run: Path) -> None:
     assert planned(run) == AFTER_PARTS
 
 
-@pytest.mark.parametrize(("stage", "expected"), [("parts", AFTER_DISCOVER), ("assemble", {"assemble", "report"}), ("report", {"report"})])
-def test_forcerun(run: Path, stage: str, expected: set[str]) -> None:
-    assert planned(run, "--forcerun", stage) == expected
+FOLLOWS = {
+    "simulate": {"simulate", "preflight", "preprocess"} | AFTER_PREPROCESS,
+    "preflight": {"preflight", "preprocess"} | AFTER_PREPROCESS,
+    "preprocess": {"preprocess"} | AFTER_PREPROCESS,
+    "consensus": AFTER_PREPROCESS,
+    "discover": {"discover"} | AFTER_DISCOVER,
+    "parts": AFTER_DISCOVER,
+    "train": AFTER_PARTS,
+    "analyse": {"analyse", "assemble", "report"},
+    "assemble": {"assemble", "report"},
+    "evaluate": {"evaluate", "report"},
+    "report": {"report"},
+}
+
+
+@pytest.mark.parametrize("stage", FOLLOWS)
+def test_forcerun(finished: Path, stage: str) -> None:
+    """The stage, what follows from it, and nothing else."""
+    assert planned(finished, "--forcerun", stage) == FOLLOWS[stage]
+
+
+def test_forcerun_knows_every_stage() -> None:
+    assert set(FOLLOWS) == set(estimate.STAGES)
+
+
+def test_two_workflows_on_one_output_refuse_each_other(run: Path, tmp_path: Path) -> None:
+    """From another folder, where Snakemake's own lock is not seen; looking and planning stay free."""
+    (run / "results" / lock.NAME).write_text(json.dumps(lock.whoami()))  # this process lives
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    write_config(other, {"output": str(run / "results"), "particles": str(run / "data/particles.star")})
+    before = (run / "results/report.html").stat().st_mtime_ns
+    code, out = snakemake(other, "--touch", "--forceall")
+    assert code != 0 and f"another workflow writes to this folder: process {os.getpid()}" in out
+    assert (run / "results/report.html").stat().st_mtime_ns == before
+    planned(other)
+    (run / "results" / lock.NAME).unlink()
+    code, out = snakemake(other, "--touch", "--forceall")
+    assert code == 0, out
+    assert not (run / "results" / lock.NAME).exists()
 
 
 def test_a_given_map_is_checked_first(run: Path) -> None:

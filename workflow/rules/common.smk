@@ -10,7 +10,7 @@ from snakemake.utils import min_version, validate
 
 from cryospire import config as configuration
 from cryospire.conventions import InputError
-from cryospire.site import estimate
+from cryospire.site import estimate, lock
 from cryospire.site import settings as site_settings
 
 min_version("9.0")
@@ -123,3 +123,11 @@ def mpi(wildcards, threads, resources):
 if workflow.is_main_process:
     shown = [s for s in estimate.STAGES if (s != "simulate" or CONFIG.simulate) and (s != "evaluate" or TRUTH)]
     print(estimate.summary(CONFIG, shown, DATA, SITE, THREADS), file=sys.stderr)
+
+
+onstart:
+    if workflow.is_main_process:
+        try:
+            lock.acquire(R)
+        except InputError as error:
+            raise WorkflowError(str(error))
