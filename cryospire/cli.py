@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -266,9 +267,14 @@ def cluster_probe(folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: bad input ends with one line and exit code 2."""
+    """Entry point: bad input and a full disk end with one line and exit code 2."""
     try:
         app()
     except InputError as error:
         print(f"cryospire: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"cryospire: error: {error.filename + ': ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         sys.exit(2)

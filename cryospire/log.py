@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from cryospire.conventions import InputError
+
 
 def rank() -> int:
     """Rank of this process under torchrun, srun or mpiexec; 0 when alone."""
@@ -74,8 +76,11 @@ class Progress:
                 "time": time.time(), "stage": self.stage, "done": self.done, "total": self.total,
                 "memory_gb": round(memory_gb(), 3), "host": os.uname().nodename, "job": os.environ.get("SLURM_JOB_ID", ""),
             }
-            self.file.write(json.dumps(base | numbers) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(base | numbers) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise InputError(f"{self.file.name}: could not be written: {error.strerror}") from error
 
     def close(self) -> None:
         if self.file is not None:

@@ -32,6 +32,12 @@ def verdict(state: str) -> str:
     return "running" if state in RUNNING else "failed"
 
 
+def own_log(job: str) -> str:
+    """Where SLURM has written what the job said; empty where the controller has forgotten it."""
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60).stdout
+    return "".join(f"; its own log is {word.removeprefix('StdOut=')}" for word in shown.split() if word.startswith("StdOut="))
+
+
 def main() -> None:
     job, missing = sys.argv[1], 0
     while True:
@@ -40,6 +46,8 @@ def main() -> None:
             recorded, state = ask(["sacct", "-X", "-n", "-P", "-j", job, "-o", "State"])
             answered = answered or recorded
         if state:
+            if verdict(state) == "failed":
+                print(f"job {job}: {state}{own_log(job)}", file=sys.stderr)
             print(verdict(state))
             return
         missing += answered

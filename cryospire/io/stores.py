@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ from cryospire.conventions import InputError
 SCHEMA_VERSION = 1
 SCHEMAS = ("particles", "consensus", "discovery", "parts", "model", "analysis", "volumes")
 ROWS = 4096  # rows of a chunk in arrays that have one row for each particle
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full or failing disk, met while writing a store, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: could not be written: {error.strerror or error}; the store is not complete") from error
 
 
 def create(
@@ -44,20 +54,20 @@ def create(
     if path.exists():
         check_replaceable(path, schema, config=config, force=force)
         shutil.rmtree(path)
-    group = zarr.open_group(path, mode="w", zarr_format=3)
-    group.attrs.update(
-        {
-            "schema": f"cryospire.{schema}",
-            "schema_version": SCHEMA_VERSION,
-            "software_version": __version__,
-            "config": dict(config),
-            "seed": seed,
-            "inputs": {name: {"path": str(p), "hash": fingerprint(p)} for name, p in inputs.items()},
-            "pixel_size": float(pixel_size),
-            "box": int(box),
-            "complete": False,
-        }
-    )
+    story: dict[str, Any] = {
+        "schema": f"cryospire.{schema}",
+        "schema_version": SCHEMA_VERSION,
+        "software_version": __version__,
+        "config": dict(config),
+        "seed": seed,
+        "inputs": {name: {"path": str(p), "hash": fingerprint(p)} for name, p in inputs.items()},
+        "pixel_size": float(pixel_size),
+        "box": int(box),
+        "complete": False,
+    }
+    with writing(path):
+        group = zarr.open_group(path, mode="w", zarr_format=3)
+        group.attrs.update(story)
     return group
 
 
@@ -96,14 +106,21 @@ def put(
     values = np.asarray(data)
     if chunks is None:
         chunks = tuple(max(1, min(ROWS, n) if i == 0 else n) for i, n in enumerate(values.shape))
-    array = group.create_array(name, data=values, chunks=chunks or "auto", dimension_names=dims, overwrite=True)
-    array.attrs.update({"long_name": long_name, "units": units, **attributes})
+    with writing(where(group)):
+        array = group.create_array(name, data=values, chunks=chunks or "auto", dimension_names=dims, overwrite=True)
+        array.attrs.update({"long_name": long_name, "units": units, **attributes})
     return array
 
 
 def finish(group: zarr.Group) -> None:
     """Declare the store complete: the last thing a stage writes."""
-    group.attrs["complete"] = True
+    with writing(where(group)):
+        group.attrs["complete"] = True
+
+
+def where(node: zarr.Group | zarr.Array[Any]) -> Path:
+    """Folder of a store, or of an array in it."""
+    return Path(str(node.store_path).removeprefix("file://"))
 
 
 def open_store(path: Path, schema: str) -> zarr.Group:

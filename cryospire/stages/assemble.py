@@ -85,7 +85,8 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, output: Pat
     with log.Progress("assemble", len(mine), "volumes", output.parent / "logs" / "assemble.metrics.jsonl") as progress:
         for job in mine:
             volume = render(mixture, job.latent, box, pixel_size)
-            group[job.array][job.index] = volume
+            with stores.writing(output):
+                group[job.array][job.index] = volume
             mrc.write_volume(folder / job.file, volume, pixel_size)
             progress.advance(1, f"of rank 0, {comm.size} rank(s)")
         progress.record(volumes=len(mine), ranks=comm.size)

@@ -259,4 +259,5 @@ def write_shard(array: Any, k: int, images: Array) -> None:
     rows = shards(array)[k]
     if images.shape != (len(rows), *array.shape[1:]):
         raise ValueError(f"shard {k} holds {(len(rows), *array.shape[1:])} values, not {images.shape}")
-    array[int(rows[0]) : int(rows[-1]) + 1] = images
+    with stores.writing(stores.where(array)):
+        array[int(rows[0]) : int(rows[-1]) + 1] = images

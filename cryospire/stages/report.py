@@ -131,8 +131,9 @@ def cost(root: Path, stage: str) -> tuple[str, float, float, str, str] | None:
     lines = [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
     if len(lines) > 1:
         row = dict(zip(lines[0], lines[-1], strict=False))
-        memory = float(row["max_rss"]) * 1.048576e-3 if row.get("max_rss", "-") not in ("-", "NA") else float(last.get("memory_gb", 0))
-        return stage, float(row["s"]), memory, *place
+        seen = float(row["max_rss"]) * 1.048576e-3 if row.get("max_rss", "-") not in ("-", "NA") else 0.0
+        # Of ranks that srun has started, Snakemake sees nothing: they tell themselves.
+        return stage, float(row["s"]), max(seen, float(last.get("memory_gb", 0))), *place
     if len(records) > 1:
         return stage, records[-1]["time"] - records[0]["time"], float(last.get("memory_gb", 0)), *place
     return None
