@@ -1,9 +1,9 @@
-# make demo: the whole way on simulated particles.   make test: every test.   make lint, make bench, make schema, make lock.
+# make demo: the whole way on simulated particles.   make test: every test but the slow ones of make test-cluster.   make lint, make bench, make schema, make lock.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench bench-speed schema lock clean-demo
+.PHONY: demo test test-cluster lint bench bench-speed schema lock clean-demo
 
 # The lock is installed once, and again only when it has changed; no compiler is needed, every package is a wheel.
 .venv/locked: envs/cpu.lock
@@ -26,7 +26,11 @@ clean-demo:
 	rm -rf demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Everything that goes wrong on a cluster, on a real SLURM that the tests start, about ten minutes.
+test-cluster: .venv/installed
+	OMP_NUM_THREADS=1 python -m pytest tests/cluster
 
 lint: .venv/installed
 	ruff check .

@@ -14,8 +14,23 @@ if [ "$1" = rank ]; then # a rank, as started below
         address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
         export MASTER_ADDR=${address:-$first}
     fi
+    trap : USR1 TERM # they are for the command
+    code=0
     # shellcheck disable=SC2086
-    exec ${CRYOSPIRE_CONTAINER:-} "$@"
+    ${CRYOSPIRE_CONTAINER:-} "$@" || code=$?
+    [ "$code" = 75 ] || exit "$code"
+    # Saved, and wants to go on.  Rank 0 is the last to be done with saving: the others leave quietly, so that srun does not kill it.
+    [ "$RANK" = 0 ] || exit 0
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        shown=$(scontrol show job "$SLURM_JOB_ID")
+        restarts=$(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$shown")
+        # A job that is being cancelled or preempted is not RUNNING any more.
+        if grep -q JobState=RUNNING <<<"$shown" && [ "${restarts:-0}" -lt "${CRYOSPIRE_REQUEUE_LIMIT:-0}" ]; then
+            echo "saved itself; job $SLURM_JOB_ID goes back to the queue" >&2
+            scontrol requeue "$SLURM_JOB_ID" && sleep 300 # until SLURM ends this run of the job
+        fi
+    fi
+    exit 75
 fi
 
 nodes=$1 tasks=$2 cpus=$3
@@ -26,17 +41,10 @@ digits=${job//[!0-9]/}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + 10#${digits:0:15} % 12000))}
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    code=0
     export OMP_NUM_THREADS=$cpus # not every site binds a task to its CPUs
     # -K1: when one rank dies, all end.
     # shellcheck disable=SC2086
-    srun -K1 -N "$nodes" -n "$tasks" -c "$cpus" ${CRYOSPIRE_SRUN_FLAGS:-} "$0" rank "$@" || code=$?
-    restarts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')
-    if [ "$code" = 75 ] && [ "${restarts:-0}" -lt "${CRYOSPIRE_REQUEUE_LIMIT:-0}" ]; then
-        echo "saved itself; job $SLURM_JOB_ID goes back to the queue" >&2
-        scontrol requeue "$SLURM_JOB_ID" && sleep 300 # until SLURM ends this run of the job
-    fi
-    exit "$code"
+    exec srun -K1 -N "$nodes" -n "$tasks" -c "$cpus" ${CRYOSPIRE_SRUN_FLAGS:-} "$0" rank "$@"
 elif [ "$tasks" = 1 ]; then
     # shellcheck disable=SC2086
     exec ${CRYOSPIRE_CONTAINER:-} "$@"

@@ -242,6 +242,25 @@ def bench(
     stage.run(output, quick=quick)
 
 
+@app.command()
+def scaling(
+    output: Output = Path("scaling.json"),
+    latency: Annotated[float, typer.Option(min=0, help="of the link between ranks, microseconds")] = 20.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="of the link between ranks, Gbit/s")] = 100.0,
+    number: Annotated[int, typer.Option("--stage", min=1, max=2, help="1: discover, 2: train")] = 2,
+    gaussians: Annotated[int, typer.Option(min=8)] = 8192,
+    box: Annotated[int, typer.Option(min=16)] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="images")] = 32,
+    device: Annotated[tuple[float, float] | None, typer.Option(help="of another device: ms a step, ms an image")] = None,
+) -> None:
+    """Step time on 1 and 2 ranks here, and what a model of compute and communication gives for up to 64."""
+    from cryospire.stages import scaling as stage
+
+    size = stage.Size(number, gaussians, box, batch)
+    step = (device[0] / 1e3, device[1] / 1e3) if device else None
+    stage.run(output, latency_us=latency, gbit=bandwidth, size=size, step=step)
+
+
 cluster = typer.Typer(no_args_is_help=True, help="The cluster that jobs go to.")
 app.add_typer(cluster, name="cluster")
 

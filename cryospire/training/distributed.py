@@ -49,7 +49,8 @@ class Team:
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        # Buffers never change: broadcasting them would only cost each step a latency.
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
 
     def sum(self, *values: float) -> list[float]:
         """Sums over ranks, in float64; NaN stays NaN."""

@@ -92,7 +92,8 @@ def fit(
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
         latents.z, latents.fisher = saved["latents"][start:stop].clone(), saved["fisher"]
-        first_epoch, first_step, running, history = saved["epoch"], saved["step"], saved["running"], saved["history"]
+        first_epoch, first_step, history = saved["epoch"], saved["step"], saved["history"]
+        running = saved["running"] if team.rank == 0 else 0.0  # of all ranks
         say(f"{stage}: resumed at epoch {first_epoch + 1}, step {first_step} of {per_epoch}")
 
     def keep(epoch: int, step: int) -> None:
@@ -144,7 +145,6 @@ def fit(
                         )
                     if stops or overdue:
                         keep(epoch, step + 1)
-                        running = running if team.rank == 0 else 0.0
                         kept = time.monotonic()
                     if stops:
                         say(f"{stage}: stopped by a signal; saved at epoch {epoch + 1}, step {step + 1}: run the same command to go on")

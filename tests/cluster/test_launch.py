@@ -37,7 +37,7 @@ def submit(slurm: Slurm, folder: Path, command: str, site: str = "{}", name: str
 
 def ends_as(slurm: Slurm, job: str, verdict: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while (found := slurm.sh(f"{sys.executable} {STATUS} {job}").strip()) == "running":
+    while (found := slurm.sh(f"{sys.executable} {STATUS} {job}").split()[0]) == "running":
         assert time.monotonic() < end, f"job {job} still runs after {seconds} s"
         time.sleep(0.5)
     assert found == verdict, slurm.sh(f"scontrol show job {job}; cat {slurm.base}/log/slurmd-node1.log | tail -n 20", check=False)
@@ -73,28 +73,46 @@ def test_a_killed_rank_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_near_its_limit_a_training_saves_itself_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
-    """The signal before the time limit reaches the ranks; exit code 75 puts the job back; the same job ends well."""
+    """The signal before the time limit reaches the ranks; exit code 75 puts the job back; the same job ends well.
+
+    Rank 0 is still saving when the others leave: they must not take it with them.
+    """
     write(
         tmp_path / "save.py",
         """
-        import pathlib, signal, sys, time
-        saved = pathlib.Path("saved")
+        import os, pathlib, signal, sys, time
+        saved, rank = pathlib.Path("saved"), os.environ["RANK"]
         def save(number, frame):
-            saved.touch()
+            if rank == "0":
+                time.sleep(3)
+                saved.touch()
             sys.exit(75)
         signal.signal(signal.SIGUSR1, save)
         if not saved.exists():
-            pathlib.Path("started").touch()
+            pathlib.Path("started" + rank).touch()
             time.sleep(300)
-        pathlib.Path("went_on").touch()
+        pathlib.Path("went_on" + rank).touch()
         """,
     )
-    job = submit(slurm, tmp_path, f"CRYOSPIRE_REQUEUE_LIMIT=2 {LAUNCH} 1 1 1 {sys.executable} save.py")
-    slurm.until(f"ls {tmp_path}", "started")
+    job = submit(slurm, tmp_path, f"CRYOSPIRE_REQUEUE_LIMIT=2 {LAUNCH} 2 4 1 {sys.executable} save.py", nodes=2, tasks=4)
+    slurm.until(f"ls {tmp_path} | grep -c started", "4")
     slurm.sh(f"scancel --signal=USR1 {job}")  # what SLURM sends by itself signal_seconds before the limit
     ends_as(slurm, job, "success", 90)
-    assert (tmp_path / "went_on").exists()
+    assert sorted(p.name for p in tmp_path.glob("went_on*")) == [f"went_on{k}" for k in range(4)]
     assert "Restarts=1" in slurm.sh(f"scontrol show job {job}")
+
+
+def test_a_cancelled_training_is_not_put_back(slurm: Slurm, tmp_path: Path) -> None:
+    """It saves itself on SIGTERM, too, but the user wanted an end."""
+    program = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); open('up', 'w'); time.sleep(300)"
+    write(tmp_path / "up.py", program)
+    job = submit(slurm, tmp_path, f"CRYOSPIRE_REQUEUE_LIMIT=2 {LAUNCH} 1 1 1 {sys.executable} up.py")
+    slurm.until(f"ls {tmp_path}", "up\n")
+    slurm.sh(f"scancel {job}")
+    slurm.until(f"squeue -h --states=all -j {job} -o %T", "CANCELLED", 30)
+    time.sleep(1)
+    ends_as(slurm, job, "failed")
+    assert "Restarts=0" in slurm.sh(f"scontrol show job {job}")
 
 
 def test_what_sbatch_is_told(slurm: Slurm, tmp_path: Path) -> None:
@@ -105,13 +123,12 @@ def test_what_sbatch_is_told(slurm: Slurm, tmp_path: Path) -> None:
     tmpdir: /var/tmp
     logs: jobs
     """
-    job = submit(
-        slurm, tmp_path, "echo $FROM_PROLOGUE $TMPDIR $SLURM_JOB_GPUS; nvidia-smi -L; true", textwrap.dedent(site), gpu=2, runtime=7
-    )
+    command = "echo $FROM_PROLOGUE $TMPDIR $SLURM_JOB_GPUS $SLURM_GPUS_ON_NODE; nvidia-smi -L; true"
+    job = submit(slurm, tmp_path, command, textwrap.dedent(site), gpu=2, runtime=7)
     shown = slurm.sh(f"scontrol show job {job}")
     ends_as(slurm, job, "success")
     assert "Partition=urgent" in shown and "TimeLimit=00:07:00" in shown and "Requeue=1" in shown and "gpu:2" in shown
-    assert "yes /var/tmp 0,1" in (tmp_path / "jobs" / f"job-{job}.log").read_text()
+    assert "yes /var/tmp 0,1 2" in (tmp_path / "jobs" / f"job-{job}.log").read_text()
 
 
 def test_a_job_in_the_queue_is_taken_up_again(slurm: Slurm, tmp_path: Path) -> None:
