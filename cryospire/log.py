@@ -40,11 +40,25 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def node() -> str:
+    """Name of this node, as the scheduler calls it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def gpus() -> int:
+    """GPUs of this job: what SLURM has given, else one a rank where this process uses one."""
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if given.isdigit():
+        return int(given) * int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    torch = sys.modules.get("torch")
+    return int(os.environ.get("WORLD_SIZE", 1)) if torch is not None and torch.cuda.is_available() else 0
+
+
 class Progress:
     """Progress of one stage: a line at most every ``every`` seconds, a metrics record at each ``record``.
 
     ``metrics`` is a JSON-lines file; each record holds ``time`` (Unix, s), ``stage``, ``done``, ``total``,
-    ``memory_gb``, ``host`` and ``job`` beside the caller's numbers.
+    ``memory_gb``, ``host``, ``job`` and ``gpus`` beside the caller's numbers.
     """
 
     def __init__(self, stage: str, total: int, unit: str = "images", metrics: Path | None = None, every: float = 5.0) -> None:
@@ -74,7 +88,7 @@ class Progress:
         if self.file is not None:
             base = {
                 "time": time.time(), "stage": self.stage, "done": self.done, "total": self.total,
-                "memory_gb": round(memory_gb(), 3), "host": os.uname().nodename, "job": os.environ.get("SLURM_JOB_ID", ""),
+                "memory_gb": round(memory_gb(), 3), "host": node(), "job": os.environ.get("SLURM_JOB_ID", ""), "gpus": gpus(),
             }
             try:
                 self.file.write(json.dumps(base | numbers) + "\n")

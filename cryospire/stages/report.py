@@ -20,7 +20,7 @@ from cryospire.io import stores
 from cryospire.stages import report_figures as figures
 from cryospire.stages import report_page as page
 from cryospire.stages import report_sections as more
-from cryospire.stages import status
+from cryospire.stages import report_usage, status
 from cryospire.stages.report_results import Missing, Results, array
 
 Array = NDArray[Any]
@@ -116,6 +116,10 @@ def costs(results: Results) -> str:
         raise Missing("no stage has left a benchmark or metrics")
     names, seconds, memory = (list(c) for c in zip(*((r[0], r[1], r[2]) for r in rows), strict=True))
     out = page.text(f"{log.duration(sum(seconds))} in all; the largest process took {max(memory):.2f} GB.")
+    used = report_usage.of_run(results.root, dict(zip(names, seconds, strict=True)))
+    if used is not None:
+        energy = f" and {used.joule / 3.6e6:.2f} kWh" if used.joule else ""
+        out += page.text(f"{used.gpu_hours:.2f} GPU-hours{energy}, from {used.source}.")
     shown = [(n, log.duration(s), f"{m:.2f}", host, job) for n, s, m, host, job in rows]
     head = ("stage", "time", "memory (GB)", "node", "job")
     out += page.curve(figures.durations(names, seconds, memory), "Wall time and peak memory.")

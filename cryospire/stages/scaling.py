@@ -219,6 +219,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.plot(RANKS, [r["speed_up"] for r in result["predicted"][kind]], "o-", label=f"predicted, {label}")
     largest = str(BATCHES[-1])
     axes.plot(2, result["step"]["1"][largest] / result["step"]["2"][largest], "*", ms=12, label=f"measured here, {largest} images, 2 ranks")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("ranks")
     axes.set_ylabel("speed-up")
     axes.legend(frameon=False)
