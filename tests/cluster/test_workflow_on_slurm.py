@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,7 @@ SITE = {
     "max_mem_mb": 7000, "signal_seconds": 0,
 }  # fmt: skip
 
+SNAKEMAKE = "snakemake --configfile config.yaml --seconds-between-status-checks 1"
 DEFAULT = Path("/etc/slurm/slurm.conf")
 
 
@@ -40,7 +43,7 @@ def run(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     (folder / "cluster/site.yaml").write_text(yaml.safe_dump(SITE))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    out = slurm.sh("snakemake --profile cluster/slurm --configfile config.yaml", cwd=folder, timeout=1500)
+    out = slurm.sh(f"{SNAKEMAKE} --profile cluster/slurm", cwd=folder, timeout=1500)
     assert "(100%) done" in out
     return folder
 
@@ -81,16 +84,58 @@ def test_the_official_plugin_runs_mpi_ranks(slurm: Slurm, run: Path, default_pla
     log = run / "results/logs/assemble.log"
     log.unlink()
     target = "--forcerun assemble -- results/volumes.zarr/zarr.json"
-    slurm.sh(f"snakemake --profile cluster/slurm-plugin --configfile config.yaml --retries 0 {target}", cwd=run, timeout=300)
+    profile = "--profile cluster/slurm-plugin --slurm-init-seconds-before-status-checks 3 --retries 0"
+    slurm.sh(f"{SNAKEMAKE} {profile} {target}", cwd=run, timeout=300)
     assert "2 rank(s)" in log.read_text()
     stores.open_store(run / "results/volumes.zarr", "volumes")
+
+
+OF_STAGE = {
+    "preprocess": "particles", "consensus": "consensus", "discover": "discovery", "parts": "parts", "train": "model",
+    "analyse": "analysis", "assemble": "volumes",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_stage_is_cancelled_once(slurm: Slurm, run: Path, tmp_path: Path) -> None:
+    """scancel in each stage: no store claims to be complete, the stage is retried, and the end is the same."""
+    folder = tmp_path / "again"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("results", ".snakemake", "slurm_logs"))
+    with (folder / "said").open("w") as said:
+        process = subprocess.Popen([*SNAKEMAKE.split(), "--profile", "cluster/slurm"], cwd=folder, env=slurm.env, stdout=said, stderr=said)
+    cancelled: dict[str, str] = {}
+    try:
+        while process.poll() is None:
+            for line in slurm.sh("squeue -h --states=R -o '%i %j'").splitlines():
+                job, name = line.split()
+                stage = name.split("-")[1]
+                if stage in cancelled or not (folder / f"results/logs/{stage}.log").exists():
+                    continue
+                time.sleep(1)  # in it, not before it
+                slurm.sh(f"scancel {job}")
+                slurm.until(f"squeue -h --states=R,CG -j {job} | wc -l", "0", 30)
+                if "CANCELLED" in slurm.sh(f"squeue -h --states=all -j {job} -o %T"):
+                    cancelled[stage] = job
+                    store = folder / f"results/{OF_STAGE.get(stage)}.zarr"
+                    assert not (store / "zarr.json").exists() or not stores.open_partial(store).attrs["complete"]
+            time.sleep(0.2)
+    finally:
+        process.kill()
+    words = (folder / "said").read_text()
+    assert process.returncode == 0, words
+    assert set(OF_STAGE) <= set(cancelled)
+    for stage, job in cancelled.items():
+        assert f"job {job}: CANCELLED; its own log is" in words, stage
+    for name, array in (("particles", "images"), ("model", "latents"), ("volumes", "states")):
+        one, other = (stores.read(stores.open_store(f / f"results/{name}.zarr", name), array) for f in (run, folder))
+        assert np.array_equal(one, other), name
 
 
 def test_parts_alone_again(slurm: Slurm, run: Path) -> None:
     """One parameter changed: that stage and what follows from it, nothing before it."""
     before = {name: (run / f"results/{name}.zarr/zarr.json").stat().st_mtime_ns for name in ("discovery", "parts", "model")}
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"parts": {"parts": 2, "seeds": 2}}))
-    slurm.sh("snakemake --profile cluster/slurm --configfile config.yaml -- results/parts.zarr/zarr.json", cwd=run, timeout=120)
+    slurm.sh(f"{SNAKEMAKE} --profile cluster/slurm -- results/parts.zarr/zarr.json", cwd=run, timeout=120)
     after = {name: (run / f"results/{name}.zarr/zarr.json").stat().st_mtime_ns for name in before}
     assert after["parts"] > before["parts"]
     assert after["discovery"] == before["discovery"] and after["model"] == before["model"]
