@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,6 +78,9 @@ def here(site: Site, folder: Path) -> Iterator[Check]:
     yield Check("node", f"{os.uname().nodename}, {len(os.sched_getaffinity(0))} CPUs of {os.cpu_count()}{inside}")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Check("GPUs here", ", ".join(names) or "none" + (" (a login node need not have any)" if site.gpus_per_node else ""))
+    if names and find_spec("triton"):
+        compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+        yield Check("C compiler", compiler or "none", "" if compiler else "Triton needs one; load a module or install gcc")
     schedulers = [name for name, command in SCHEDULERS.items() if shutil.which(command)]
     yield Check(
         "scheduler", ", ".join(schedulers) or "none", "" if schedulers else "no sbatch, qsub or bsub on PATH; use the profile cluster/local"
