@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cryospire.conventions import InputError
+
+NOTE = 60.0  # seconds between records that a stage does not ask for: an epoch may take hours
 
 
 def rank() -> int:
@@ -55,7 +58,7 @@ def gpus() -> int:
 
 
 class Progress:
-    """Progress of one stage: a line at most every ``every`` seconds, a metrics record at each ``record``.
+    """Progress of one stage: a line at most every ``every`` seconds, a metrics record at each ``record``, at the start and every minute.
 
     ``metrics`` is a JSON-lines file; each record holds ``time`` (Unix, s), ``stage``, ``done``, ``total``,
     ``memory_gb``, ``host``, ``job`` and ``gpus`` beside the caller's numbers.
@@ -65,6 +68,7 @@ class Progress:
         self.stage, self.total, self.unit, self.every = stage, total, unit, every
         self.done = 0
         self.start = self.last = time.monotonic()
+        self.noted = -math.inf
         self.resumed = 0
         self.file: TextIO | None = None
         if metrics is not None and rank() == 0:
@@ -78,9 +82,12 @@ class Progress:
     def advance(self, n: int, text: str = "") -> None:
         self.done += n
         now = time.monotonic()
+        rate = (self.done - self.resumed) / max(now - self.start, 1e-9)
+        if now - self.noted >= NOTE:
+            self.record(**({"images_per_second": rate} if self.unit == "images" and self.noted > 0 else {}))
+            self.noted = now
         if now - self.last >= self.every or self.done >= self.total:
             self.last = now
-            rate = (self.done - self.resumed) / max(now - self.start, 1e-9)
             left = duration((self.total - self.done) / rate) if rate > 0 else "?"
             say(f"{self.stage:<10} {self.done:>9,}/{self.total:,} {self.unit}  {rate:8.1f}/s  left {left:>7}  {text}")
 

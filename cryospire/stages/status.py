@@ -53,12 +53,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def newest(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest value of everything, from records of this start: those that had done no more than the last one has."""
+    done = records[-1].get("done", 0) if records else 0
+    return {k: v for r in records if r.get("done", 0) <= done for k, v in r.items()}
+
+
 def read_stage(results: Path, name: str, now: float) -> Stage:
     """State of one stage from what it has written; nothing is locked, nothing changed."""
     target, log = results / STAGES[name], results / "logs" / f"{name}.log"
     metrics = results / "logs" / f"{name}.metrics.jsonl"
     records = read_metrics(metrics)
-    last = records[-1] if records else {}
+    last = newest(records)
     if finished(target):
         return Stage(name, "complete", last, records)
     checkpoints = results / "checkpoints" / name
