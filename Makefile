@@ -28,7 +28,7 @@ clean-demo:
 test: .venv/installed
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Everything that goes wrong on a cluster, on a real SLURM that the tests start, about ten minutes.
+# Everything that goes wrong on a cluster, on a real SLURM that the tests start, about a quarter of an hour.
 test-cluster: .venv/installed
 	OMP_NUM_THREADS=1 python -m pytest tests/cluster
 

@@ -169,6 +169,7 @@ def close(folder: Path, expected: Result) -> None:
     np.testing.assert_allclose(losses, expected[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_four_ranks_over_two_nodes_reach_what_one_process_reaches(slurm: Slurm, inputs: Path, run: Path, tmp_path: Path) -> None:
     shortened(run, 3)
     job = ranks(slurm, run, 2, 4)
