@@ -176,6 +176,15 @@ def cs(path: Path, rows: np.ndarray) -> Path:
     return path
 
 
+def with_column(rows: np.ndarray, name: str, width: int, value: float) -> np.ndarray:
+    """cryoSPARC rows with one more column of equal values."""
+    out = np.zeros(len(rows), np.dtype([*rows.dtype.descr, (name, "<f4", (width,))]))
+    for old in rows.dtype.names:
+        out[old] = rows[old]
+    out[name] = value
+    return out
+
+
 def ctf_table(p: Planted) -> np.ndarray:
     n = len(p.names)
     columns = [np.full(n, BOX), np.full(n, PIXEL), p.u, p.v, p.angle, np.full(n, 300.0), np.full(n, 2.7), np.full(n, 0.1), np.zeros(n)]

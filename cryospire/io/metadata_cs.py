@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from scipy.spatial.transform import Rotation
 from cryospire.conventions import InputError
 from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, images, locate, refuse, unique
 
+# Phase (radians) per Å of a column's largest value, at frequency s (1/Å) and wavelength w (Å): what its sign is, no document says.
+UNSIGNED: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "ctf/shift_A": lambda s, w: 2 * np.pi * s,
+    "ctf/trefoil_A": lambda s, w: 2 * np.pi / 3 * w**2 * s**3,
+    "ctf/tetra_A": lambda s, w: 2 * np.pi * w**3 * s**4,
+}
 CTF = ["ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast", "ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad"]
+NEGLIGIBLE = np.pi / 4  # radians at Nyquist: the signal there keeps at least 0.7 of its amplitude
 BLOB = ["blob/path", "blob/idx", "blob/shape", "blob/psize_A"]
 
 
@@ -108,7 +116,7 @@ def read(path: Path, passthrough: Sequence[Path] = (), datadir: Path | None = No
             shift=-shift * _shift_pixel(path, rows, psize)[:, None],
             defocus_u=column("ctf/df1_A"), defocus_v=column("ctf/df2_A"), defocus_angle=np.degrees(column("ctf/df_angle_rad")),
             phase_shift=np.degrees(column("ctf/phase_shift_rad")), ctf_scale=column("ctf/scale", 1.0),
-            half_set=split, group=group, optics=optics, sign=int(np.sign(sign[0])), notes=tuple(_notes(rows, pose)),
+            half_set=split, group=group, optics=optics, sign=int(np.sign(sign[0])), notes=tuple(_notes(path, rows, pose)),
         )
     )  # fmt: skip
 
@@ -156,23 +164,43 @@ def _optics(path: Path, rows: NDArray[np.void], column: Any) -> tuple[Optics, ND
         cs = np.maximum(column("ctf/cs_mm") * 1e7, 1.0)[:, None]
         tilt = np.arcsin(np.clip(finite(path, "ctf/tilt_A", rows["ctf/tilt_A"]) / cs, -1, 1)) * 1e3
     keys = [column("ctf/exp_group_id"), column("ctf/accel_kv"), column("ctf/cs_mm"), column("ctf/amp_contrast"), column("blob/psize_A")]
-    values, group = np.unique(np.column_stack([*keys, shape[:, 0], tilt]).round(6), axis=0, return_inverse=True)
+    matrix = np.tile([1.0, 0, 0, 1], (len(rows), 1))
+    if "ctf/anisomag" in (rows.dtype.names or ()):
+        matrix += finite(path, "ctf/anisomag", rows["ctf/anisomag"])
+    values, group = np.unique(np.column_stack([*keys, shape[:, 0], tilt, matrix]).round(6), axis=0, return_inverse=True)
     names = [f"exposure group {int(v)}" for v in values[:, 0]]
     none: list[list[float]] = [[] for _ in names]
     kv, cs_mm, contrast, psize = values[:, 1:5].T
     optics = Optics(names, kv, cs_mm, contrast, psize, values[:, 5].astype(np.int64), values[:, 6], values[:, 7], none, none)
+    matrix = values[:, 8:].reshape(-1, 2, 2)
+    if np.any(matrix != np.eye(2)):
+        optics = replace(optics, magnification=matrix)
     return optics, group.reshape(-1).astype(np.int32)
 
 
-def _notes(rows: NDArray[np.void], pose: Floats) -> list[str]:
-    notes = []
+def _notes(path: Path, rows: NDArray[np.void], pose: Floats) -> list[str]:
+    """What is corrected and what is left out, in words.  Refuses aberrations of unknown sign that matter at the images' Nyquist."""
+    names, notes = rows.dtype.names or (), []
     still = int((np.abs(pose).max(1) == 0).sum())
     if still:
         notes.append(f"{still} of {len(rows)} rotation vectors are exactly zero")
-    for name, neutral in (("ctf/trefoil_A", 0), ("ctf/tetra_A", 0), ("ctf/shift_A", 0), ("ctf/anisomag", 0), ("ctf/bfactor", 0)):
-        if name in (rows.dtype.names or ()) and np.any(rows[name] != neutral):
-            notes.append(f"{name} is not zero and is not corrected")
+    if "ctf/anisomag" in names and np.any(rows["ctf/anisomag"] != 0):
+        notes.append(f"anisotropic magnification (up to {np.abs(rows['ctf/anisomag']).max():.2%}) is undone in the images")
+    nyquist, length = 0.5 / rows["blob/psize_A"].astype(float), _wavelength(rows["ctf/accel_kv"].astype(float))
+    for name in [n for n in UNSIGNED if n in names and np.any(rows[n] != 0)]:
+        phase = np.abs(finite(path, name, rows[name])).max(1) * UNSIGNED[name](nyquist, length)
+        why = f"a phase of {phase.max():.2f} radians at Nyquist that is not corrected; downsample the particles, or refine without it"
+        refuse(phase > NEGLIGIBLE, path, name, rows[name], why)
+        notes.append(f"{name} is not corrected: at most {phase.max():.2g} radians at Nyquist")
+    if "ctf/bfactor" in names and np.any(rows["ctf/bfactor"] != 0):
+        notes.append("ctf/bfactor is not zero and is not used")
     return notes
+
+
+def _wavelength(kilovolts: Floats) -> Floats:
+    """Å; see ``maths.ctf.wavelength``."""
+    volts = kilovolts * 1e3
+    return 12.2643 / np.sqrt(volts + 0.978466e-6 * volts**2)
 
 
 def write_rows(source: Path, rows: NDArray[np.int64], output: Path) -> None:

@@ -22,11 +22,12 @@ PARTICLE = [
     *ANGLES, "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginX", "rlnOriginY", "rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle",
     "rlnPhaseShift", "rlnCtfScalefactor", "rlnCtfBfactor", "rlnRandomSubset", "rlnOpticsGroup",
 ]  # fmt: skip
+IDENTITY = {"rlnMagMat00": 1, "rlnMagMat01": 0, "rlnMagMat10": 0, "rlnMagMat11": 1}
 MICROSCOPE = ["rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"]
 PIXEL = ["rlnImagePixelSize", "rlnPixelSize", "rlnDetectorPixelSize", "rlnMagnification"]
 OPTICS = [
     *MICROSCOPE, *PIXEL, "rlnImageSize", "rlnBeamTiltX", "rlnBeamTiltY", "rlnImageDimensionality", "rlnOpticsGroup",
-    "rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped", "rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11",
+    "rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped", *IDENTITY,
 ]  # fmt: skip
 ZERNIKE = ["rlnOddZernike", "rlnEvenZernike"]
 
@@ -145,35 +146,39 @@ def _optics(where: str, table: dict[str, Any], count: int, names: list[str]) -> 
     box = table.get("rlnImageSize", zero)
     if not (np.isfinite(box).all() and (box % 1 == 0).all()):
         raise InputError(f"{where}: rlnImageSize is {box.tolist()}: expected whole numbers")
+    matrix = np.stack([table.get(c, zero + v) for c, v in IDENTITY.items()], 1).reshape(-1, 2, 2)
     odd, even = [[_zernike(where, c, text) for text in table.get(c, [""] * count)] for c in ZERNIKE]
     return Optics(
         table.get("rlnOpticsGroupName", names), table["rlnVoltage"], table["rlnSphericalAberration"], table["rlnAmplitudeContrast"],
         pixel, box.astype(np.int64), table.get("rlnBeamTiltX", zero), table.get("rlnBeamTiltY", zero), odd, even,
+        matrix if np.any(matrix != np.eye(2)) else None,
     )  # fmt: skip
 
 
 def _zernike(where: str, column: str, text: str) -> list[float]:
     """``[0.1,-0.2,...]`` as numbers."""
     try:
-        return [float(v) for v in text.strip("[]").split(",") if v.strip()]
+        values = [float(v) for v in text.strip("[]").split(",") if v.strip()]
     except ValueError:
-        raise InputError(f"{where}: {column} is {text!r}: expected [number,number,...]") from None
+        values = [np.nan]
+    if not np.isfinite(values).all():
+        raise InputError(f"{where}: {column} is {text!r}: expected [number,number,...]")
+    return values
 
 
 def _remarks(where: str, table: dict[str, Any]) -> list[str]:
-    """Refuse what would change the image model; note what is small and left out."""
+    """Refuse what would change the image model; note what is corrected."""
     if np.any(table.get("rlnImageDimensionality", np.array([2])) != 2):
         raise InputError(f"{where}: rlnImageDimensionality is {table['rlnImageDimensionality'].max():g}: only 2D images are supported")
     for column, what in (("rlnCtfDataAreCtfPremultiplied", "multiplied by their CTF"), ("rlnCtfDataArePhaseFlipped", "phase-flipped")):
         if np.any(table.get(column, np.zeros(1)) != 0):
             raise InputError(f"{where}: {column} is 1: images {what} are not supported; extract them again without it")
     notes = []
-    identity = {"rlnMagMat00": 1, "rlnMagMat01": 0, "rlnMagMat10": 0, "rlnMagMat11": 1}
-    off = max(float(np.abs(table[c] - v).max()) if c in table else 0.0 for c, v in identity.items())
-    if off > 1e-6:
-        notes.append(f"anisotropic magnification (up to {off:.2%}) is not corrected")
+    off = max(float(np.abs(table[c] - v).max()) if c in table else 0.0 for c, v in IDENTITY.items())
+    if off > 0:
+        notes.append(f"anisotropic magnification (up to {off:.2%}) is undone in the images")
     if any(any(_zernike(where, c, t)) for c in ZERNIKE for t in table.get(c, [])):
-        notes.append("odd aberrations (rlnOddZernike) are undone in the images; even aberrations (rlnEvenZernike) are not corrected")
+        notes.append("odd aberrations (rlnOddZernike) are undone in the images, even ones (rlnEvenZernike) enter the CTF")
     return notes
 
 
@@ -194,6 +199,8 @@ def write_star(path: Path, table: ParticleTable, image_names: Sequence[str] | No
     for column, lists in zip(ZERNIKE, (o.odd_zernike, o.even_zernike), strict=True):
         if any(lists):
             optics[column] = [f"[{','.join(map(str, values))}]" for values in lists]
+    if o.magnification is not None:
+        optics |= dict(zip(IDENTITY, o.magnification.reshape(-1, 4).T, strict=True))
     euler = euler_angles(table.rotation)
     particles: dict[str, Any] = {
         "rlnImageName": names, "rlnAngleRot": euler[:, 0], "rlnAngleTilt": euler[:, 1], "rlnAnglePsi": euler[:, 2],

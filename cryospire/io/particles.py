@@ -71,6 +71,15 @@ def create(
     shell = ("group", "shell")
     stores.put(group, "noise/whitening", whitening, shell, "radial filter multiplied into the images' transforms", "1 / image unit")
     stores.put(group, "noise/power", power, shell, "noise variance per Fourier coefficient and pixel", "image unit^2")
+    for name, lists, what in (("odd", o.odd_zernike, "undone in the images"), ("even", o.even_zernike, "part of the CTF")):
+        if any(any(values) for values in lists):
+            table = np.zeros((len(lists), max(map(len, lists))))
+            for g, coefficients in enumerate(lists):
+                table[g, : len(coefficients)] = coefficients
+            stores.put(group, f"optics/{name}_zernike", table, ("group", "coefficient"), f"{name} aberrations (RELION); {what}", "Å^n")
+    if o.magnification is not None:
+        words = "anisotropic magnification of the input, as rlnMagMat; undone in the images"
+        stores.put(group, "optics/magnification", o.magnification, ("group", "row", "column"), words, "")
     group.attrs.update({"stacks": [str(p) for p in t.stacks], "optics_groups": o.name, "source": str(t.source)})
     return group
 

@@ -30,6 +30,7 @@ class Optics:
     beam_tilt_y: Floats
     odd_zernike: list[list[float]]
     even_zernike: list[list[float]]
+    magnification: Floats | None = None  # (G, 2, 2) as rlnMagMat: frequency k of an image is frequency M k of the particle
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,9 @@ def checked(table: ParticleTable) -> ParticleTable:
     _optics((o.cs < 0) | (o.cs > 20), table, "cs", "expected mm, between 0 and 20")
     _optics((o.amplitude_contrast < 0) | (o.amplitude_contrast > 1), table, "amplitude_contrast", "expected a fraction between 0 and 1")
     _optics((o.pixel_size < 0.05) | (o.pixel_size > 100), table, "pixel_size", "expected Å, between 0.05 and 100")
+    if o.magnification is not None:
+        off = np.abs(o.magnification - np.eye(2)).max((1, 2))
+        _optics(~(off < 0.2), table, "magnification", "expected a matrix within 0.2 of identity")
     table = t = replace(table, optics=_boxes(table))
     o = t.optics
     _optics((o.box < 8) | (o.box % 2 == 1), table, "box", "expected an even number of pixels, at least 8")
@@ -198,7 +202,7 @@ def checked(table: ParticleTable) -> ParticleTable:
 def _optics(bad: NDArray[np.bool_], table: ParticleTable, name: str, why: str) -> None:
     if bad.any():
         g = int(np.argmax(bad))
-        raise InputError(f"{table.source}: optics group {table.optics.name[g]!r}: {name} is {getattr(table.optics, name)[g]}: {why}")
+        raise InputError(f"{table.source}: optics group {table.optics.name[g]!r}: {name} is {shown(getattr(table.optics, name)[g])}: {why}")
 
 
 def _boxes(table: ParticleTable) -> Optics:

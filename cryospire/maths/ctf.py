@@ -36,8 +36,12 @@ def ctf(
     amplitude_contrast: Tensor,
     phase_shift: Tensor | None = None,
     scale: Tensor | None = None,
+    even: Tensor | None = None,
 ) -> Tensor:
-    """CTFs (n, box, box // 2 + 1), real, in ``rfft2`` layout; every argument (n,): Å, Å, degrees, kV, mm, 1, degrees, 1."""
+    """CTFs (n, box, box // 2 + 1), real, in ``rfft2`` layout; every argument (n,): Å, Å, degrees, kV, mm, 1, degrees, 1.
+
+    ``even`` (n, box, box // 2 + 1): phase of even aberrations, radians, as ``zernike_phase`` gives it.
+    """
 
     def column(x: Tensor) -> Tensor:
         return x.to(defocus_u.dtype).reshape(-1, 1, 1)
@@ -53,6 +57,8 @@ def ctf(
     gamma = gamma + torch.asin(column(amplitude_contrast))
     if phase_shift is not None:
         gamma = gamma + torch.deg2rad(column(phase_shift))
+    if even is not None:
+        gamma = gamma - even  # RELION's gamma is minus this one
     values = torch.sin(gamma)
     return values if scale is None else values * column(scale)
 
@@ -72,7 +78,7 @@ def zernike_phase(box: int, pixel_size: float, coefficients: list[float], first:
     """Phase (box, box // 2 + 1), radians, float64: RELION's sum of Zernike polynomials of the frequency in 1/Å.
 
     ``coefficients`` run over orders n = first, first + 2, ... and m = -n, -n + 2, ..., n; ``first`` is 1 for
-    ``rlnOddZernike`` (images carry ``exp(i phase)``) and 0 for ``rlnEvenZernike``.
+    ``rlnOddZernike`` (images carry ``exp(i phase)``) and 0 for ``rlnEvenZernike`` (subtracted from the CTF's gamma).
     """
     sx, sy = frequencies(box, pixel_size, torch.float64)
     r, theta = torch.hypot(sx, sy), torch.atan2(sy, sx.expand(box, -1))

@@ -81,6 +81,26 @@ def _resize_axis(transform: Tensor, axis: int, box: int) -> Tensor:
     return torch.cat([low, nyquist, transform.new_zeros(shape), nyquist, high], axis)
 
 
+def resample(x: Tensor, matrix: Tensor) -> Tensor:
+    """Images (n, box, box) read at ``matrix`` (2, 2) times the position (x, y; from the origin pixel), periodic outside.
+
+    Exact for band-limited images: x and then y is resampled by its Fourier series (Catmull & Smith 1980's two passes).
+    """
+    a, b, c, d = matrix.double().flatten().tolist()
+    return _resample_rows(_resample_rows(x, a - b * c / d, b / d).transpose(1, 2), d, c).transpose(1, 2)
+
+
+def _resample_rows(x: Tensor, scale: float, shear: float) -> Tensor:
+    """Row y of images read at ``scale x + shear y``."""
+    box = x.shape[-1]
+    at = (torch.arange(box, dtype=torch.float64) - box // 2).to(x.device)
+    k = torch.arange(box // 2 + 1, device=x.device)
+    transform = torch.fft.rfft(torch.fft.ifftshift(x, -1), norm="forward")
+    transform = transform * torch.exp(2j * math.pi / box * shear * at[:, None] * k).to(transform.dtype)
+    series = half_plane_weight(box, 1, x.device) * torch.exp(2j * math.pi / box * scale * at[:, None] * k)
+    return (transform @ series.T.to(transform.dtype)).real
+
+
 def shift_phase(box: int, shift: Tensor) -> Tensor:
     """Factors (n, box, box // 2 + 1) that move images by ``shift`` (n, 2; x, y in pixels): ``exp(-2 pi i k . shift / box)``."""
     kx = torch.arange(box // 2 + 1, dtype=shift.dtype, device=shift.device)

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every image: filters (group, box, box // 2 + 1) hold the whitening and undo the odd aberrations."""
+    """What is done to every image: ``magnification`` (group, 2, 2) and odd aberrations are undone where there are any, by
+    ``phases`` (group, box, box // 2 + 1); and it is whitened by ``filters``, of the same shape.
+    """
 
     geometry: Geometry
     sign: float
     window: bool
     filters: Tensor
+    phases: Tensor | None
+    magnification: Tensor | None
 
 
 def run(config: Config, *, output: Path, force: bool = False) -> None:
@@ -86,9 +90,12 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
             sign = 1.0 if settings.contrast == "white" else -1.0
             power = measure_noise(workers, table, geometry, config.seed)
             whitening = noise.whitening(power)
-            recipe = Recipe(geometry, sign, settings.window, filters(table, geometry, whitening))
+            shell = fourier.shells(geometry.box).clamp(max=geometry.box // 2)
+            undo = odd_phases(table, geometry), magnification(table)
+            recipe = Recipe(geometry, sign, settings.window, whitening[:, shell], *undo)
             group = particles.create(
-                output, table, box=geometry.box, pixel_size=geometry.pixel_size, power=power.numpy(), whitening=whitening.numpy(),
+                output, undistorted(table), box=geometry.box, pixel_size=geometry.pixel_size,
+                power=power.numpy(), whitening=whitening.numpy(),
                 config=section(settings), seed=config.seed, inputs={k: p for k, p in files.items() if p}, force=force,
             )  # fmt: skip
             begun = True
@@ -194,7 +201,8 @@ def measure_noise(workers: Client, table: ParticleTable, geometry: Geometry, see
         shell = np.arange(geometry.box // 2 + 1) * (o.box[g] * o.pixel_size[g]) / (geometry.box * geometry.pixel_size)
         there = np.interp(shell, np.arange(len(total)), total.numpy()) * (geometry.crops[g] / o.box[g]) ** 2
         power[g] = torch.from_numpy(there)
-    return power
+    matrix = magnification(table)
+    return power if matrix is None else power * torch.linalg.det(matrix).float()[:, None] ** 2
 
 
 def sample_power(rows: Rows) -> Tensor:
@@ -204,25 +212,54 @@ def sample_power(rows: Rows) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def filters(table: ParticleTable, geometry: Geometry, whitening: Tensor) -> Tensor:
-    """Filters (group, box, box // 2 + 1), complex: whitening, and the phases that undo beam tilt and odd Zernike aberrations."""
+def odd_phases(table: ParticleTable, geometry: Geometry) -> Tensor | None:
+    """Factors (group, box, box // 2 + 1) that undo beam tilt and odd Zernike aberrations; None where there are none."""
     box, pixel, o = geometry.box, geometry.pixel_size, table.optics
     tilt = torch.from_numpy(np.stack([o.beam_tilt_x, o.beam_tilt_y], 1))
     phase = beam_tilt_phase(box, pixel, tilt, torch.from_numpy(o.voltage), torch.from_numpy(o.cs))
     phase = phase - torch.stack([zernike_phase(box, pixel, c, 1) for c in o.odd_zernike])
     # An odd phase has no value at Nyquist, where both signs of a frequency meet.
     phase[:, box // 2] = phase[:, :, box // 2] = 0
-    return whitening[:, fourier.shells(box).clamp(max=box // 2)] * torch.exp(1j * phase).to(torch.complex64)
+    return torch.exp(1j * phase).to(torch.complex64) if phase.any() else None
+
+
+def magnification(table: ParticleTable) -> Tensor | None:
+    """Matrices (group, 2, 2) where one of them is not the identity."""
+    return None if table.optics.magnification is None else torch.from_numpy(table.optics.magnification)
+
+
+def undistorted(table: ParticleTable) -> ParticleTable:
+    """The table with shifts as they are in images without anisotropic magnification: ``M^-T shift``."""
+    matrix = table.optics.magnification
+    if matrix is None:
+        return table
+    return replace(table, shift=np.einsum("nji,nj->ni", np.linalg.inv(matrix)[table.group], table.shift))
+
+
+def isotropic(images: Tensor, matrix: Tensor) -> Tensor:
+    """Images (n, box, box) without the anisotropic magnification ``matrix`` (2, 2): frequency M k moves from k to its place."""
+    if torch.equal(matrix, torch.eye(2, dtype=matrix.dtype)):
+        return images
+    return fourier.resample(images, matrix.T) * torch.linalg.det(matrix).to(images.dtype)
 
 
 def transform(images: Tensor, g: int, recipe: Recipe) -> Tensor:
     """Images (n, box, box) of optics group ``g`` as they are stored."""
     grid = recipe.geometry
     x = recipe.sign * (images - noise.level(images))
+    if recipe.magnification is not None:
+        x = isotropic(x, recipe.magnification[g])
     x = resize(fourier.crop(x, grid.crops[g]), grid.box)
+    if recipe.phases is not None:  # before the window: aberrations carry signal away from the particle
+        x = filtered(x, recipe.phases[g])
     if recipe.window:
         x = x * fourier.window(grid.box)
-    return torch.fft.irfft2(torch.fft.rfft2(x) * recipe.filters[g], s=(grid.box, grid.box))
+    return filtered(x, recipe.filters[g])
+
+
+def filtered(images: Tensor, factors: Tensor) -> Tensor:
+    """Images (n, box, box) whose transforms are multiplied by ``factors`` (box, box // 2 + 1)."""
+    return torch.fft.irfft2(torch.fft.rfft2(images) * factors, s=images.shape[-2:])
 
 
 def resize(images: Tensor, box: int) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryospire.io import stores
-from cryospire.maths.ctf import ctf
+from cryospire.maths.ctf import ctf, zernike_phase
 
 Rows = NDArray[np.int64]
 
@@ -74,6 +74,7 @@ class Particles:
         self.optics = {k: torch.from_numpy(stores.read(group, f"optics/{k}")) for k in ("voltage", "cs", "amplitude_contrast")}
         self.images = group["images"]
         self.box, self.pixel_size = int(group.attrs["box"]), float(group.attrs["pixel_size"])
+        self.even = even_phase(group, self.box, self.pixel_size)
         self.block = self.images.chunks[0]
         k = torch.fft.fftfreq(self.box) * self.box
         kx = torch.arange(self.box // 2 + 1)
@@ -98,6 +99,7 @@ class Particles:
             o["cs"],
             o["amplitude_contrast"],
             c["phase_shift"],
+            even=None if self.even is None else self.even[group],
         )
         return values * c["scale"][:, None, None] * self.whitening[group][:, self.shell]
 
@@ -109,6 +111,13 @@ class Particles:
             here = np.flatnonzero(of_block == b)
             out[here] = self.images[b * self.block : (b + 1) * self.block][rows[here] - b * self.block]
         return out
+
+
+def even_phase(store: Any, box: int, pixel_size: float) -> Tensor | None:
+    """Phases (group, box, box // 2 + 1) of even aberrations; None where there are none."""
+    if "even_zernike" not in store["optics"]:
+        return None
+    return torch.stack([zernike_phase(box, pixel_size, c, 0) for c in stores.read(store, "optics/even_zernike").tolist()]).float()
 
 
 def batches(

@@ -143,6 +143,23 @@ cs(lambda r: np.zeros(4), r"not a cryoSPARC table", "cs plain numbers")
 cs(lambda r: np.add(r["blob/idx"], 1, r["blob/idx"]) is None, r"row 12: image 000013@s0.mrcs", "cs one-based")
 
 
+
+def aberrated(name: str, width: int, value: float, words: str, label: str) -> None:
+    def build(folder: Path, p: P) -> dict[str, Any]:
+        return {"particles": builders.cs(folder / "p.cs", builders.with_column(builders.cs_rows(p), name, width, value))}
+
+    CASES[label] = (build, words)
+
+
+aberrated("ctf/trefoil_A", 2, 1e6, r"row 1: ctf/trefoil_A .*phase of 6.\d+ radians at Nyquist that is not corrected", "cs large trefoil")
+aberrated("ctf/tetra_A", 4, 1e8, r"row 1: ctf/tetra_A .*phase of 7.\d+ radians at Nyquist that is not corrected", "cs large tetrafoil")
+aberrated("ctf/shift_A", 2, 3.0, r"row 1: ctf/shift_A .*phase of 3.77 radians at Nyquist that is not corrected", "cs beam shift")
+aberrated("ctf/anisomag", 4, 1.0, r"magnification is .*within 0.2 of identity", "cs magnification of two")
+aberrated("ctf/anisomag", 4, np.nan, r"row 1: ctf/anisomag is .*not a finite number", "cs nan magnification")
+optics("rlnMagMat00", 2.0, r"magnification is .*within 0.2 of identity", "magnification of two")
+optics("rlnEvenZernike", "[nan]", r"rlnEvenZernike is '\[nan\]'", "nan aberrations")
+
+
 def rewrite(key: str, value: Any) -> Callable[[Path, dict[str, Path]], None]:
     return lambda folder, files: builders.pickled(files[key], value)
 

@@ -147,6 +147,21 @@ def test_cryosparc_passthrough_is_joined_on_uid_whatever_the_order(tmp_path: Pat
     np.testing.assert_allclose(t.rotation, p.matrices, atol=2e-6)
 
 
+def test_distortions_become_the_optics_groups_own(tmp_path: Path) -> None:
+    p = builders.planted(tmp_path, 6)
+    rows = builders.with_column(builders.cs_rows(p), "ctf/anisomag", 4, 0)
+    rows["ctf/anisomag"][3:] = [0.02, 0.01, -0.005, -0.03]
+    t = metadata.read(builders.cs(tmp_path / "p.cs", rows))
+    np.testing.assert_allclose(t.optics.magnification[t.group[3:]], np.tile([[1.02, 0.01], [-0.005, 0.97]], (3, 1, 1)), atol=1e-6)
+    np.testing.assert_array_equal(t.optics.magnification[t.group[0]], np.eye(2))
+    small = builders.with_column(builders.cs_rows(p), "ctf/trefoil_A", 2, 500.0)
+    assert any("trefoil_A is not corrected: at most 0.003" in n for n in metadata.read(builders.cs(tmp_path / "q.cs", small)).notes)
+    metadata.write_star(tmp_path / "out.star", t)
+    back = metadata.read(tmp_path / "out.star")
+    np.testing.assert_allclose(back.optics.magnification, t.optics.magnification, atol=1e-6)
+    np.testing.assert_allclose(back.shift, t.shift, atol=1e-5)
+
+
 def test_cryosparc_zero_rotation_and_several_classes(tmp_path: Path) -> None:
     p = builders.planted(tmp_path, 6)
     rows = builders.cs_rows(p)
