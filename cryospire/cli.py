@@ -173,6 +173,7 @@ def init(
     particles: Annotated[Path, typer.Option(help=".star, .cs or cryoDRGN stack", show_default=False)],
     poses: Annotated[Path | None, typer.Option(help="cryoDRGN poses.pkl")] = None,
     ctf: Annotated[Path | None, typer.Option(help="cryoDRGN ctf.pkl")] = None,
+    ind: Annotated[Path | None, typer.Option(help="rows to use, from 0: ind.pkl, or a .txt with one a line")] = None,
     passthrough: Annotated[list[Path] | None, typer.Option(help="cryoSPARC passthrough .cs; may be repeated")] = None,
     datadir: Annotated[Path | None, typer.Option(help="folder that image paths are relative to")] = None,
     output: Annotated[Path, typer.Option(help="configuration to write")] = Path("config.yaml"),
@@ -181,7 +182,7 @@ def init(
     """Write a commented configuration that fits the particles."""
     from cryospire.stages import init as stage
 
-    stage.run(particles, poses=poses, ctf=ctf, passthrough=passthrough or [], datadir=datadir, output=output, force=force)
+    stage.run(particles, poses=poses, ctf=ctf, ind=ind, passthrough=passthrough or [], datadir=datadir, output=output, force=force)
 
 
 @app.command()
@@ -197,8 +198,8 @@ def preflight(
     config: ConfigPath,
     output: Annotated[Path, typer.Option("--output", help="preflight.json; the figure goes beside it", show_default=False)],
     particles: Annotated[Path | None, typer.Option(help="instead of the config's particles")] = None,
-    sample: Annotated[int, typer.Option(min=2, help="particles that are read")] = 5000,
-    accept: Annotated[bool, typer.Option("--accept", help="go on in spite of a contradiction")] = False,
+    sample: Annotated[int | None, typer.Option(min=2, help="particles that are read, instead of the config's")] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="go on in spite of a contradiction, whatever the config says")] = False,
 ) -> None:
     """Decide sign, shifts, rotations, CTF, pixel size and hand from the data, and say what the run will cost."""
     from cryospire.stages import preflight as stage

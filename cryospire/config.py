@@ -34,6 +34,13 @@ class Simulate(Section):
     resolution: float = Field(0.0, ge=0, description="of the truth, Å: an atom is a Gaussian of sd 0.225 of it, as in ChimeraX molmap, cut softly at Nyquist; 0: 2.2 pixels")
 
 
+class Preflight(Section):
+    """Conventions decided from a sample of the particles, before anything is computed from them."""
+
+    sample: int = Field(5000, ge=2, description="particles that are read")
+    accept: bool = Field(False, description="go on in spite of a contradiction between table, settings and data")
+
+
 class Preprocess(Section):
     """Particle stack to whitened Zarr shards."""
 
@@ -125,6 +132,7 @@ class Config(Section):
     poses: Path | None = Field(None, description="cryoDRGN poses.pkl, with a bare stack")
     ctf: Path | None = Field(None, description="cryoDRGN ctf.pkl, with a bare stack")
     passthrough: list[Path] = Field([], description="cryoSPARC passthrough .cs files, joined on uid")
+    ind: Path | None = Field(None, description="rows of the particle table to use, from 0: cryoDRGN's ind.pkl, or a .txt with one a line; empty: all")
     datadir: Path | None = Field(None, description="folder that image paths are relative to; empty: found from the table")
     map: Path | None = Field(None, description="consensus map (.mrc) to use instead of back-projecting the particles")
     truth: Path | None = Field(None, description="folder of known volumes and labels, from `cryospire simulate`; adds the stage evaluate")
@@ -132,6 +140,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all that are given to it")
     simulate: Simulate | None = Field(None, description="present only when the particles are to be simulated")
+    preflight: Preflight = Preflight()
     preprocess: Preprocess = Preprocess()
     consensus: Consensus = Consensus()
     discover: Discover = Discover()
@@ -139,6 +148,10 @@ class Config(Section):
     train: Train = Train()
     analyse: Analyse = Analyse()
     assemble: Assemble = Assemble()
+
+    def reading(self) -> dict[str, Any]:
+        """How the particle table is read: what goes with ``particles``."""
+        return {name: getattr(self, name) for name in ("poses", "ctf", "ind", "passthrough", "datadir")}
 
 
 def load(path: Path) -> Config:

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from cryospire.conventions import InputError
 from cryospire.io import metadata_cs, metadata_pkl, metadata_relion, metadata_star
+from cryospire.io.metadata_pkl import indices
 from cryospire.io.metadata_relion import write_star
 from cryospire.io.table import Optics, ParticleTable, check_stacks, images
 
-__all__ = ["Optics", "ParticleTable", "check_stacks", "copy_rows", "image_names", "images", "read", "write_star"]
+__all__ = ["Optics", "ParticleTable", "check_stacks", "copy_rows", "image_names", "images", "indices", "read", "write_star"]
 
 
 def read(
@@ -26,6 +27,8 @@ def read(
     datadir: Path | None = None,
 ) -> ParticleTable:
     """The particle table of a RELION .star, a cryoSPARC .cs (with passthrough files), or a stack with cryoDRGN's pickles.
+
+    ``ind``: rows of any of these to keep, in this order.
 
     Raises InputError naming file, row and value.  Stacks are found but not opened: see ``check_stacks``.
     """
@@ -42,7 +45,7 @@ def read(
         table = metadata_cs.read(particles, passthrough, datadir)
     else:
         table = metadata_pkl.read(particles, poses, ctf, datadir)
-    return table if ind is None else table.take(metadata_pkl.indices(ind, len(table)))
+    return table if ind is None else table.take(indices(ind, len(table)))
 
 
 def image_names(particles: Path, *, passthrough: Sequence[Path] = (), datadir: Path | None = None) -> list[str]:

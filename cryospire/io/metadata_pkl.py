@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cryospire.conventions import InputError
 from cryospire.io import mrc
-from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, images, locate, refuse
+from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, images, locate, refuse, unique
 
 CTF = ["box", "pixel size", "defocus U", "defocus V", "defocus angle", "voltage", "Cs", "amplitude contrast", "phase shift"]
 LIMIT = 1 << 32  # bytes: cryoDRGN's largest pickles, for ten million particles, take less
@@ -173,14 +173,26 @@ def ctf(path: Path) -> Floats:
 
 
 def indices(path: Path, n: int) -> NDArray[np.int64]:
-    """0-based rows to keep, checked against the number of particles."""
-    value = load(path)
+    """0-based rows to keep, of a pickle or a text file with one a line, checked against the number of particles."""
+    value = _listed(path) if path.suffix == ".txt" else load(path)
     if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in "iu":
         raise InputError(f"{path}: expected an array of whole numbers")
     refuse((value < 0) | (value >= n), path, "index", value, f"there are {n} particles, counted from 0")
-    if len(np.unique(value)) != len(value):
-        raise InputError(f"{path}: {len(value) - len(np.unique(value))} indices appear twice")
+    unique(path, "index", value, value)
+    if not len(value):
+        raise InputError(f"{path}: selects no particles")
     return value.astype(np.int64)
+
+
+def _listed(path: Path) -> NDArray[np.int64]:
+    try:
+        words = path.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    bad = next((i for i, word in enumerate(words) if not (word.isdecimal() and len(word) < 19)), None)
+    if bad is not None:
+        raise InputError(f"{path}: row {bad + 1}: index is {words[bad][:40]!r}: expected a whole number, counted from 0")
+    return np.array(words, np.int64)
 
 
 def stacks(path: Path, datadir: Path | None) -> list[tuple[str, int]]:

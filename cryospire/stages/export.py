@@ -97,12 +97,12 @@ def run(
         raise InputError(f"{output}: a selection of a {source.suffix} file can be written as .star, .pkl, .txt or in its own format")
     names = metadata.image_names(source, passthrough=config.passthrough, datadir=config.datadir)
     own = metadata.images(source, "image", names).id
-    wanted = own
+    wanted = own if config.ind is None else own[metadata.indices(config.ind, len(own))]
     if analysis is not None:
         wanted = select(analysis, states, box)
     if ids is not None:
         listed = read_ids(ids)
-        wanted = listed if analysis is None else np.intersect1d(listed, wanted)
+        wanted = listed if analysis is None and config.ind is None else np.intersect1d(listed, wanted)
     if not len(wanted):
         raise InputError("the selection is empty: no particle meets every condition")
     rows = np.sort(stores.join(wanted, own, str(source))).astype(np.int64)
@@ -122,5 +122,5 @@ def write(config: Config, source: Path, rows: Ids, output: Path) -> None:
     elif output.suffix == source.suffix:
         metadata.copy_rows(source, rows, output)
     else:
-        table = metadata.read(source, poses=config.poses, ctf=config.ctf, passthrough=config.passthrough, datadir=config.datadir)
+        table = metadata.read(source, **config.reading() | {"ind": None})
         metadata.write_star(output, table.take(rows))

@@ -22,13 +22,22 @@ SMOOTH = (2, 3, 5)  # prime factors of a box whose Fourier transform is fast
 
 
 def run(
-    particles: Path, *, poses: Path | None, ctf: Path | None, passthrough: Sequence[Path], datadir: Path | None, output: Path, force: bool
+    particles: Path,
+    *,
+    output: Path,
+    poses: Path | None = None,
+    ctf: Path | None = None,
+    ind: Path | None = None,
+    passthrough: Sequence[Path] = (),
+    datadir: Path | None = None,
+    force: bool = False,
 ) -> None:
     """Read the particle table, choose what follows from it, write the configuration."""
     if output.exists() and not force:
         raise InputError(f"{output}: exists; pass --force to replace it, or --output for another name")
-    table = metadata.read(particles, poses=poses, ctf=ctf, passthrough=list(passthrough), datadir=datadir)
-    config = suggest(table, Config(particles=particles, poses=poses, ctf=ctf, passthrough=list(passthrough), datadir=datadir))
+    base = Config(particles=particles, poses=poses, ctf=ctf, ind=ind, passthrough=list(passthrough), datadir=datadir)
+    table = metadata.read(particles, **base.reading())
+    config = suggest(table, base)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.write_text(header(table, config) + render(config))

@@ -52,13 +52,16 @@ class Findings:
     curves: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run(config: Config, output: Path, *, particles: Path | None = None, sample: int = 5000, accept: bool = False) -> None:
-    """Write the verdict to ``output`` (.json), and a figure beside it.  Raises InputError at a contradiction, unless accepted."""
+def run(config: Config, output: Path, *, particles: Path | None = None, sample: int | None = None, accept: bool = False) -> None:
+    """Write the verdict to ``output`` (.json), and a figure beside it.  Raises InputError at a contradiction, unless accepted.
+
+    ``sample`` and ``accept`` come before the config's section ``preflight``.
+    """
     source = particles or config.particles
-    table = metadata.read(source, poses=config.poses, ctf=config.ctf, passthrough=config.passthrough, datadir=config.datadir)
+    table = metadata.read(source, **config.reading())
     metadata.check_stacks(table)
     grid = common_grid(table, config.preprocess.box)
-    taken, survey = hypotheses.read_sample(table, sample, config.seed)
+    taken, survey = hypotheses.read_sample(table, sample or config.preflight.sample, config.seed)
     found = Findings()
     best = compete(found, taken)
     found.verdicts.append(contrast(found, config, table, best))
@@ -69,9 +72,9 @@ def run(config: Config, output: Path, *, particles: Path | None = None, sample: 
     for v in found.verdicts:
         log.say(f"preflight  {'ok  ' if v.ok else 'STOP'} {v.check}: {v.found} ({v.evidence})")
     wrong = [f"{v.check}: {v.found} ({v.evidence})" for v in found.verdicts if not v.ok]
-    if wrong and not accept:
+    if wrong and not (accept or config.preflight.accept):
         advice = "".join(f"; set {k}: {v}" for k, v in found.proposal.items())
-        raise InputError(f"{source}: preflight: {'; '.join(wrong)}{advice}; or pass --accept to go on")
+        raise InputError(f"{source}: preflight: {'; '.join(wrong)}{advice}; or set preflight.accept (--accept) to go on")
 
 
 def compete(found: Findings, sample: Sample) -> Evidence:

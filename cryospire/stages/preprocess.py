@@ -76,14 +76,14 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
     """Particles named in the config -> particles.zarr.  Raises InputError, and then leaves nothing behind."""
     settings = config.preprocess
     stores.check_replaceable(output, "particles", config=section(settings), force=force)
-    table = metadata.read(config.particles, poses=config.poses, ctf=config.ctf, passthrough=config.passthrough, datadir=config.datadir)
+    table = metadata.read(config.particles, **config.reading())
     metadata.check_stacks(table)
     geometry = common_grid(table, settings.box)
     for note in table.notes:
         say(f"preprocess: {note}")
     groups = len(np.unique(table.group))
     say(f"preprocess: {len(table):,} particles, {groups} optics group(s), box {geometry.box}, {geometry.pixel_size:.4g} Å/pixel")
-    files = {"particles": config.particles, "poses": config.poses, "ctf": config.ctf}
+    files = {"particles": config.particles, "poses": config.poses, "ctf": config.ctf, "ind": config.ind}
     begun = False
     try:
         with client(config) as workers:

@@ -179,6 +179,23 @@ drgn(lambda d, f: f["particles"].write_text("\n"), r"lists no stacks", "empty li
 drgn(lambda d, f: f["particles"].write_text("s0.mrcs\nnone.mrcs\n"), r"stack none.mrcs: no such file", "list of a missing stack")
 
 
+def selection(value: Any, words: str, label: str, name: str = "ind.pkl") -> None:
+    def build(folder: Path, p: P) -> dict[str, Any]:
+        ind = folder / name
+        ind.write_text(value) if isinstance(value, str) else builders.pickled(ind, value)
+        return {"particles": builders.star31(folder / "p.star", p), "ind": ind}
+
+    CASES[label] = (build, words)
+
+
+selection(np.array([3, 12]), r"ind.pkl: row 2: index is 12: there are 12 particles, counted from 0", "index beyond the table")
+selection(np.array([3, -1]), r"ind.pkl: row 2: index is -1: there are 12", "negative index")
+selection(np.array([3, 5, 3]), r"ind.pkl: row 3: index is 3: already in row 1", "index twice")
+selection(np.array([0.5]), r"ind.pkl: expected an array of whole numbers", "fractional index")
+selection(np.zeros(0, int), r"ind.pkl: selects no particles", "empty selection")
+selection("3\n4\nx5\n", r"ind.txt: row 3: index is 'x5': expected a whole number", "garbled list of rows", "ind.txt")
+
+
 class Hostile:
     def __reduce__(self) -> Any:
         return os.system, ("touch hacked",)

@@ -209,6 +209,12 @@ def test_a_selection_by_ind_pkl_keeps_rows_of_the_source(tmp_path: Path) -> None
     part = metadata.read(tmp_path / "p.star", ind=builders.pickled(tmp_path / "ind.pkl", np.array([6, 1])))
     assert part.row.tolist() == [6, 1] and part.image_names == [p.names[6], p.names[1]]
     assert part.id.tolist() == whole.id[[6, 1]].tolist()
+    (tmp_path / "rows.txt").write_text("6\n1\n")
+    cs = builders.cs(tmp_path / "p.cs", builders.cs_rows(p))
+    for source in ({"particles": tmp_path / "p.star"}, {"particles": cs}, builders.cryodrgn(tmp_path, p)):
+        other = metadata.read(**source, ind=tmp_path / "rows.txt")
+        assert other.id.tolist() == part.id.tolist() and other.row.tolist() == [6, 1]
+        np.testing.assert_allclose(other.rotation, p.matrices[[6, 1]], atol=2e-6)
 
 
 def test_bare_poses_without_translations(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import builders
+import numpy as np
 import pytest
 import yaml
 
@@ -15,7 +16,7 @@ from cryospire.stages import init
 
 def write(folder: Path, box: int, **options: bool) -> Path:
     star = builders.star31(folder / "p.star", builders.planted(folder), optics=builders.optics_columns(box, 1.31))
-    init.run(star, poses=None, ctf=None, passthrough=[], datadir=None, output=folder / "config.yaml", **{"force": False} | options)
+    init.run(star, output=folder / "config.yaml", **options)
     return folder / "config.yaml"
 
 
@@ -39,6 +40,13 @@ def test_large_boxes_are_cropped(tmp_path: Path) -> None:
     assert found.preprocess.box == 128 and found.particles == tmp_path / "p.star"
     assert found == Config(particles=tmp_path / "p.star", preprocess=configuration.Preprocess(box=128))
     assert "128 px of 3.275 Å: no finer than 6.55 Å" in path.read_text()  # 320 * 1.31 / 128, and twice that
+
+
+def test_a_selection_becomes_a_key(tmp_path: Path) -> None:
+    star = builders.star31(tmp_path / "p.star", builders.planted(tmp_path))
+    init.run(star, ind=builders.pickled(tmp_path / "ind.pkl", np.array([2, 3, 7])), output=tmp_path / "config.yaml")
+    assert configuration.load(tmp_path / "config.yaml").ind == tmp_path / "ind.pkl"
+    assert "# 3 particles in 1 stacks" in (tmp_path / "config.yaml").read_text()
 
 
 def test_small_boxes_stay(tmp_path: Path) -> None:

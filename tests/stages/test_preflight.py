@@ -136,6 +136,8 @@ def test_black_protein_is_found_and_the_setting_proposed(tmp_path: Path) -> None
     page = written(tmp_path)
     assert "black" in page["contrast"]["found"] and page["proposal"] == {"preprocess.contrast": "black"}
     assert decide(tmp_path, source, accept=False, preprocess={"contrast": "black"})["contrast"]["ok"]
+    small = decide(tmp_path, source, accept=False, preflight={"accept": True, "sample": 100})
+    assert small["sample"] == 100 and not small["contrast"]["ok"]
 
 
 @pytest.mark.parametrize("mirror,sign,words", [(-1.0, 1.0, "opposite hand"), (1.0, -1.0, "opposite contrast")])

@@ -108,6 +108,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
         ({"train": {"epochs": 7}}, AFTER_PARTS),
         ({"analyse": {"states": 4}}, {"analyse", "assemble", "report"}),
         ({"assemble": {"box": 48}}, {"assemble", "report"}),
+        ({"preflight": {"sample": 2000, "accept": True}}, set()),
         ({"train": {"checkpoint_minutes": 1.0}, "preprocess": {"workers": 1}, "threads": 1}, set()),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

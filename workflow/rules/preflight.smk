@@ -1,6 +1,6 @@
 rule preflight:
     input:
-        source_files("particles", "poses", "ctf", "passthrough", "map"),
+        source_files("particles", "poses", "ctf", "ind", "passthrough", "map"),
         [SIMULATED / "particles.mrcs"] if CONFIG.simulate else [],
     output:
         R / "preflight.json",

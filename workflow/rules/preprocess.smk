@@ -1,7 +1,7 @@
 rule preprocess:
     input:
         R / "preflight.json",
-        source_files("particles", "poses", "ctf", "passthrough"),
+        source_files("particles", "poses", "ctf", "ind", "passthrough"),
         [SIMULATED / "particles.mrcs"] if CONFIG.simulate else [],
     output:
         store("particles"),
