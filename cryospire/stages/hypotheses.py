@@ -8,6 +8,7 @@ whitened.  A wrong convention blurs T or decorrelates it from N; both lower the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,13 @@ from cryospire.io.table import ParticleTable
 from cryospire.kernels import insertion as kernel
 from cryospire.maths import fourier, insertion, metrics, noise
 from cryospire.maths.ctf import ctf
-from cryospire.stages.preprocess import Geometry, common_grid, resize
+from cryospire.stages import distortions
+from cryospire.stages.preprocess import Geometry, Recipe, common_grid, on_grid
 
 BOX = 64  # pixels of the images that are back-projected
 PAD = 1  # of the Fourier grid: a coarse grid treats all readings alike, and costs an eighth
 BATCH = 250
+OVERFOCUS = "overfocus positive"
 GIVEN, SHUFFLED = "as given", "shuffled among particles"
 
 
@@ -41,16 +44,17 @@ class Sample:
     box: int
     pixel_size: float
     images: Tensor  # the first few, as they are shown
+    even: Tensor | None = None  # phases (group, box, box // 2 + 1) of even aberrations
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was met while reading: rows (0-based) of dead images, pairs of equal ones, and each image's standard deviation."""
+    """What was met while reading: dead images and pairs of equal ones, as positions in the table, and deviations of those alive."""
 
     rows: NDArray[np.int64]
     dead: list[int]
     twins: list[tuple[int, int]]
-    deviation: NDArray[np.float64]
+    deviation: list[float]
 
 
 @dataclass(frozen=True)
@@ -90,33 +94,48 @@ def read_sample(table: ParticleTable, n: int, seed: int) -> tuple[Sample, Survey
     rng = np.random.default_rng((seed, 3))
     rows = np.sort(rng.choice(len(table), min(n, len(table)), replace=False))
     grid = working_grid(table)
+    size = grid.box, grid.pixel_size
+    undo = Recipe(grid, 1.0, False, torch.empty(0), distortions.odd_phases(table, *size), distortions.magnification(table))
     stacks = {int(s): mrc.open_stack(table.stacks[s]) for s in np.unique(table.stack[rows])}
-    kept, dead, twins, deviation, cropped = [], [], [], [], []
+    survey, kept, cropped = Survey(rows, [], [], []), [], []
     seen: dict[int, int] = {}
-    for row in rows.tolist():
-        image = np.array(stacks[int(table.stack[row])][table.index[row]], np.float32)
-        spread = float(image.std())
-        if not np.isfinite(spread) or spread == 0:
-            dead.append(row)
-            continue
-        first = seen.setdefault(hash(image.tobytes()), row)
-        if first != row:
-            twins.append((first, row))
-        kept.append(row)
-        deviation.append(spread)
-        x = torch.from_numpy(image)[None]
-        cropped.append(resize(fourier.crop(x - noise.level(x), grid.crops[table.group[row]]), grid.box))
-    survey = Survey(rows, dead, twins, np.array(deviation))
-    if len(kept) < 2:
-        raise InputError(f"{table.source}: {len(dead)} of {len(rows)} sampled images are constant or not finite; first: row {dead[0] + 1}")
+    for start in range(0, len(rows), BATCH):
+        for g, here, images in _alive(table, rows[start : start + BATCH], stacks, survey, seen):
+            kept.append(here)
+            cropped.append(on_grid(images, g, undo))
+    if sum(map(len, kept)) < 2:
+        first = table.row[survey.dead[0]] + 1
+        raise InputError(f"{table.source}: {len(survey.dead)} of {len(rows)} sampled images are constant or not finite; first: row {first}")
     images = torch.cat(cropped)
     white = noise.whitening(noise.background_power(images).mean(0))
     filters = white[fourier.shells(grid.box).clamp(max=grid.box // 2)]
     transforms = fourier.rfft(images * fourier.window(grid.box)) * filters
-    own = table.take(np.array(kept))
+    own = distortions.undistorted(table.take(np.concatenate(kept)))
     known = len(np.unique(own.half_set)) == 2 and not (own.half_set == 0).any()
-    half = own.half_set - 1 if known else rng.permutation(len(kept)) % 2
-    return Sample(own, transforms, white, torch.from_numpy(half.astype(np.int64)), grid.box, grid.pixel_size, images[:12]), survey
+    half = own.half_set - 1 if known else rng.permutation(len(own)) % 2
+    even = distortions.even_phases(table, *size)
+    half_sets = torch.from_numpy(half.astype(np.int64))
+    return Sample(own, transforms, white, half_sets, *size, images[:12], even), survey
+
+
+def _alive(
+    table: ParticleTable, rows: NDArray[np.int64], stacks: dict[int, Any], survey: Survey, seen: dict[int, int]
+) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
+    """Optics group, rows and images (n, box, box) of the rows that are not dead; what is met goes into ``survey``."""
+    read: dict[int, list[tuple[int, NDArray[np.float32]]]] = {}
+    for row in rows.tolist():
+        image = np.array(stacks[int(table.stack[row])][table.index[row]], np.float32)
+        spread = float(image.std())
+        if not np.isfinite(spread) or spread == 0:
+            survey.dead.append(row)
+            continue
+        first = seen.setdefault(hash(image.tobytes()), row)
+        if first != row:
+            survey.twins.append((first, row))
+        survey.deviation.append(spread)
+        read.setdefault(int(table.group[row]), []).append((row, image))
+    for g, pairs in read.items():
+        yield g, np.array([row for row, _ in pairs]), torch.from_numpy(np.stack([image for _, image in pairs]))
 
 
 def transfer(sample: Sample, rows: slice, convention: Convention) -> Tensor:
@@ -127,9 +146,12 @@ def transfer(sample: Sample, rows: slice, convention: Convention) -> Tensor:
         return white.expand(len(t.id[rows]), -1, -1)
     sign = -1.0 if convention.ctf == "negated" else 1.0
     g = t.group[rows]
-    defocus = [sign * t.defocus_u[rows], sign * t.defocus_v[rows]]
-    columns = [*defocus, t.defocus_angle[rows], o.voltage[g], o.cs[g], o.amplitude_contrast[g], t.phase_shift[rows]]
-    values = ctf(sample.box, sample.pixel_size * convention.pixel, *(torch.from_numpy(c).float() for c in columns))
+    even = None if sample.even is None else sample.even[torch.from_numpy(g).long()]
+    own = (t.defocus_u, t.defocus_v, t.defocus_angle, t.phase_shift, t.ctf_scale)
+    u, v, angle, phase, scale = (torch.from_numpy(c[rows]).float() for c in own)
+    kv, cs, contrast = (torch.from_numpy(c[g]).float() for c in (o.voltage, o.cs, o.amplitude_contrast))
+    pixel = sample.pixel_size * convention.pixel
+    values = ctf(sample.box, pixel, sign * u, sign * v, angle, kv, cs, contrast, phase, scale, even)
     return (values.abs() if convention.ctf == "flipped" else values) * white
 
 
@@ -194,7 +216,7 @@ def variants(convention: Convention, axis: str, pixel_size: float) -> dict[str, 
         values = {"opposite direction": -1.0, "not applied": 0.0, "in pixels, not Å": pixel_size, "Å, read as pixels": 1 / pixel_size}
         values = {words: v for words, v in values.items() if abs(v - 1) > 0.1}
     elif axis == "ctf":
-        values = {"overfocus positive": "negated", "images already phase-flipped": "flipped", "no CTF in the images": "none"}
+        values = {OVERFOCUS: "negated", "images already phase-flipped": "flipped", "no CTF in the images": "none"}
     else:
         values = {f"{f:g} times as large": f for f in (0.5, 0.9, 0.95, 1.05, 1.1, 2.0)}
     return {GIVEN: convention} | {words: replace(convention, **{axis: v}) for words, v in values.items()}

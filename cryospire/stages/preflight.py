@@ -29,6 +29,7 @@ from cryospire.stages.preprocess import common_grid
 TITLES = {"rotation": "rotations", "shift": "shifts", "ctf": "CTF", "pixel": "pixel size of the CTF"}
 CHANCE = 20.0  # noise variances: a difference this small can be chance
 BETTER = 1.02  # another reading must explain so many times as much; less may be heterogeneity or a poor fit
+NEARLY = 0.95  # overfocus and inverted contrast differ by the amplitude contrast alone
 ALIKE = 1.0005  # below this the data do not distinguish
 
 
@@ -164,9 +165,13 @@ def contrast(found: Findings, config: Config, table: ParticleTable, best: Eviden
         found.proposal["preprocess.contrast"] = colour
         evidence += f"; the config says {config.preprocess.contrast}"
     words = f"protein is {colour} where the CTF starts at +amplitude contrast (RELION)"
-    return Verdict(
-        "contrast", words + (", or white under cryoDRGN's CTF, which starts at minus it" if colour == "black" else ""), evidence, ok
-    )
+    if colour == "black":
+        words += ", or white under cryoDRGN's CTF, which starts at minus it"
+        given, negated = (found.evidence["ctf"][w].explained for w in (GIVEN, hypotheses.OVERFOCUS))
+        if negated > NEARLY * given:
+            words += ", or white where defocus counts overfocus as positive"
+            evidence += f"; overfocus positive explains {negated:,.0f} noise variances, as given {given:,.0f}"
+    return Verdict("contrast", words, evidence, ok)
 
 
 def _skew(volume: Tensor, shells: int) -> float:
@@ -208,11 +213,12 @@ def hand(found: Findings, path: Path, best: Evidence, pixel_size: float) -> Verd
 def images(survey: Survey, table: ParticleTable) -> list[Verdict]:
     """Dead and repeated images of the sample."""
     n = len(survey.rows)
-    middle = float(np.median(survey.deviation))
-    odd = int(((survey.deviation > 5 * middle) | (survey.deviation < middle / 5)).sum())
+    deviation = np.array(survey.deviation)
+    middle = float(np.median(deviation))
+    odd = int(((deviation > 5 * middle) | (deviation < middle / 5)).sum())
     dead, twins = survey.dead, survey.twins
-    first = f", first: row {dead[0] + 1} ({table.image_names[dead[0]]})" if dead else ""
-    pair = f", first: rows {twins[0][0] + 1} and {twins[0][1] + 1}" if twins else ""
+    first = f", first: row {table.row[dead[0]] + 1} ({table.image_names[dead[0]]})" if dead else ""
+    pair = f", first: rows {table.row[twins[0][0]] + 1} and {table.row[twins[0][1]] + 1}" if twins else ""
     return [
         Verdict("dead images", f"{len(dead)} of {n}{first}", "constant or not finite", not dead),
         Verdict("repeated images", f"{len(twins)} of {n}{pair}", "equal bytes under different names", not twins),

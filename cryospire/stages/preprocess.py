@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cryospire.io import metadata, mrc, particles, stores
 from cryospire.io.metadata import ParticleTable
 from cryospire.log import Progress, say
 from cryospire.maths import fourier, noise
-from cryospire.maths.ctf import beam_tilt_phase, zernike_phase
+from cryospire.stages import distortions
 
 SAMPLE = 2000  # images of an optics group from which its noise is measured
 CHUNK = 2 << 20  # bytes of a chunk; also the batch in which images are transformed
@@ -91,10 +91,10 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
             power = measure_noise(workers, table, geometry, config.seed)
             whitening = noise.whitening(power)
             shell = fourier.shells(geometry.box).clamp(max=geometry.box // 2)
-            undo = odd_phases(table, geometry), magnification(table)
+            undo = distortions.odd_phases(table, geometry.box, geometry.pixel_size), distortions.magnification(table)
             recipe = Recipe(geometry, sign, settings.window, whitening[:, shell], *undo)
             group = particles.create(
-                output, undistorted(table), box=geometry.box, pixel_size=geometry.pixel_size,
+                output, distortions.undistorted(table), box=geometry.box, pixel_size=geometry.pixel_size,
                 power=power.numpy(), whitening=whitening.numpy(),
                 config=section(settings), seed=config.seed, inputs={k: p for k, p in files.items() if p}, force=force,
             )  # fmt: skip
@@ -201,7 +201,7 @@ def measure_noise(workers: Client, table: ParticleTable, geometry: Geometry, see
         shell = np.arange(geometry.box // 2 + 1) * (o.box[g] * o.pixel_size[g]) / (geometry.box * geometry.pixel_size)
         there = np.interp(shell, np.arange(len(total)), total.numpy()) * (geometry.crops[g] / o.box[g]) ** 2
         power[g] = torch.from_numpy(there)
-    matrix = magnification(table)
+    matrix = distortions.magnification(table)
     return power if matrix is None else power * torch.linalg.det(matrix).float()[:, None] ** 2
 
 
@@ -212,48 +212,23 @@ def sample_power(rows: Rows) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def odd_phases(table: ParticleTable, geometry: Geometry) -> Tensor | None:
-    """Factors (group, box, box // 2 + 1) that undo beam tilt and odd Zernike aberrations; None where there are none."""
-    box, pixel, o = geometry.box, geometry.pixel_size, table.optics
-    tilt = torch.from_numpy(np.stack([o.beam_tilt_x, o.beam_tilt_y], 1))
-    phase = beam_tilt_phase(box, pixel, tilt, torch.from_numpy(o.voltage), torch.from_numpy(o.cs))
-    phase = phase - torch.stack([zernike_phase(box, pixel, c, 1) for c in o.odd_zernike])
-    # An odd phase has no value at Nyquist, where both signs of a frequency meet.
-    phase[:, box // 2] = phase[:, :, box // 2] = 0
-    return torch.exp(1j * phase).to(torch.complex64) if phase.any() else None
-
-
-def magnification(table: ParticleTable) -> Tensor | None:
-    """Matrices (group, 2, 2) where one of them is not the identity."""
-    return None if table.optics.magnification is None else torch.from_numpy(table.optics.magnification)
-
-
-def undistorted(table: ParticleTable) -> ParticleTable:
-    """The table with shifts as they are in images without anisotropic magnification: ``M^-T shift``."""
-    matrix = table.optics.magnification
-    if matrix is None:
-        return table
-    return replace(table, shift=np.einsum("nji,nj->ni", np.linalg.inv(matrix)[table.group], table.shift))
-
-
-def isotropic(images: Tensor, matrix: Tensor) -> Tensor:
-    """Images (n, box, box) without the anisotropic magnification ``matrix`` (2, 2): frequency M k moves from k to its place."""
-    if torch.equal(matrix, torch.eye(2, dtype=matrix.dtype)):
-        return images
-    return fourier.resample(images, matrix.T) * torch.linalg.det(matrix).to(images.dtype)
+def on_grid(images: Tensor, g: int, recipe: Recipe) -> Tensor:
+    """Images (n, box, box) of optics group ``g`` on the common grid, distortions and odd aberrations undone."""
+    grid = recipe.geometry
+    x = recipe.sign * (images - noise.level(images))
+    if recipe.magnification is not None:
+        x = distortions.isotropic(x, recipe.magnification[g])
+    x = resize(fourier.crop(x, grid.crops[g]), grid.box)
+    if recipe.phases is not None:  # before the window: aberrations carry signal away from the particle
+        x = filtered(x, recipe.phases[g])
+    return x
 
 
 def transform(images: Tensor, g: int, recipe: Recipe) -> Tensor:
     """Images (n, box, box) of optics group ``g`` as they are stored."""
-    grid = recipe.geometry
-    x = recipe.sign * (images - noise.level(images))
-    if recipe.magnification is not None:
-        x = isotropic(x, recipe.magnification[g])
-    x = resize(fourier.crop(x, grid.crops[g]), grid.box)
-    if recipe.phases is not None:  # before the window: aberrations carry signal away from the particle
-        x = filtered(x, recipe.phases[g])
+    x = on_grid(images, g, recipe)
     if recipe.window:
-        x = x * fourier.window(grid.box)
+        x = x * fourier.window(recipe.geometry.box)
     return filtered(x, recipe.filters[g])
 
 

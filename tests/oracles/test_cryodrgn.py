@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "stages"))
 from planted import plant
 
 BOX, PIXEL, N, KEPT = 32, 4.0, 1600, 1200
+PLAIN = {"workers": 1, "dtype": "float32", "window": False}
 MASK = fourier.soft_step(0.65 * BOX / 2 - fourier.radius(BOX, 3), 1.5)
 
 
@@ -91,7 +92,7 @@ def test_it_back_projects_to_the_same_map(program: Path, exported: SimpleNamespa
         files, source = ["--poses", "all_poses.pkl", "--ctf", "all_ctf.pkl", "--ind", "selected.pkl"], "particles.star"
     run(program, "backproject_voxel", source, "--datadir", ".", *files, "-o", "theirs", cwd=folder)
     theirs = torch.from_numpy(mrc.read_volume(folder / "theirs" / "backproject.mrc")[0])
-    config = Config.model_validate({"particles": folder / "selected.star", "preprocess": {"workers": 1, "dtype": "float32", "window": False}})
+    config = Config.model_validate({"particles": folder / "selected.star", "preprocess": PLAIN})
     preprocess.run(config, output=folder / "particles.zarr", force=True)
     consensus.run(config, particles=folder / "particles.zarr", output=folder / "consensus.zarr", force=True)
     ours = torch.from_numpy(stores.read(stores.open_store(folder / "consensus.zarr", "consensus"), "half_maps")).mean(0)

@@ -29,7 +29,8 @@ def wave_aberration(s2: np.ndarray, df: np.ndarray) -> np.ndarray:
     return np.pi * length * df * s2 - np.pi / 2 * 2.7e7 * length**3 * s2**2
 
 
-def data(folder: Path, pixel_of_ctf: float = PIXEL, sign: float = 1.0, noise: float = 1.0) -> builders.Planted:
+def data(folder: Path, pixel_of_ctf: float = PIXEL, sign: float = 1.0, noise: float = 1.0, ctf: str = "as told") -> builders.Planted:
+    """Particles and their stack; ``ctf``: as told, overfocus, flipped (phases) or none."""
     rng = np.random.default_rng(0)
     names = [f"{i + 1:06d}@p.mrcs" for i in range(N)]
     euler = Rotation.random(N, random_state=1).as_euler("ZYZ", degrees=True)
@@ -43,8 +44,9 @@ def data(folder: Path, pixel_of_ctf: float = PIXEL, sign: float = 1.0, noise: fl
     clean = np.einsum("b,nby,nbx->nyx", HEIGHT, y, x)
     f = np.fft.fftfreq(BOX, pixel_of_ctf)
     s2 = f[:, None] ** 2 + f[None] ** 2
-    ctf = np.sin(wave_aberration(s2[None], df[:, None, None]) + np.arcsin(0.1))
-    images = sign * np.fft.ifft2(np.fft.fft2(clean) * ctf).real
+    values = np.sin(wave_aberration(s2[None], (-df if ctf == "overfocus" else df)[:, None, None]) + np.arcsin(0.1))
+    values = np.abs(values) if ctf == "flipped" else np.ones_like(values) if ctf == "none" else values
+    images = sign * np.fft.ifft2(np.fft.fft2(clean) * values).real
     images = images / images.std() + noise * rng.normal(0, 2, images.shape)
     builders.stack(folder / "p.mrcs", N, BOX, PIXEL, data=images)
     return p
@@ -106,6 +108,11 @@ MISTAKES = {
         lambda p: {"rlnOriginXAngst": list(-p.origin[:, 0]), "rlnOriginYAngst": list(-p.origin[:, 1])},
     ),
     "shifts in pixels": ("shifts", "in pixels", lambda p: {f"rlnOrigin{a}Angst": list(p.origin[:, i] / PIXEL) for i, a in enumerate("XY")}),
+    "shifts in Å": (
+        "shifts",
+        "Å, read as pixels",
+        lambda p: {f"rlnOrigin{a}Angst": list(p.origin[:, i] * PIXEL) for i, a in enumerate("XY")},  # as rlnOriginX with Å in it is read
+    ),
     "shuffled poses": ("poses", "no signal", lambda p: {"rlnAngleRot": list(p.euler[::-1, 0]), "rlnAngleTilt": list(p.euler[::-1, 1])}),
 }
 
@@ -119,6 +126,21 @@ def test_planted_mistake_is_named_and_stops_the_run(tmp_path: Path, name: str) -
         decide(tmp_path, source, accept=False)
     page = written(tmp_path)
     assert words in page[check]["found"] and not page[check]["ok"]
+
+
+@pytest.mark.parametrize("ctf,words", [("flipped", "already phase-flipped"), ("none", "no CTF in the images")])
+def test_images_with_another_ctf_than_told(tmp_path: Path, ctf: str, words: str) -> None:
+    source = star(tmp_path, data(tmp_path, noise=0.5, ctf=ctf))
+    with pytest.raises(InputError, match=f"preflight: .*CTF: .*{words}"):
+        decide(tmp_path, source, accept=False)
+    assert words in written(tmp_path)["CTF"]["found"] and not written(tmp_path)["CTF"]["ok"]
+
+
+def test_overfocus_counted_as_positive_looks_like_black_protein_and_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="overfocus as positive"):
+        decide(tmp_path, star(tmp_path, data(tmp_path, ctf="overfocus")), accept=False)
+    black = decide(tmp_path, star(tmp_path, data(tmp_path, sign=-1.0)))["contrast"]
+    assert "black" in black["found"] and "overfocus" not in black["found"]
 
 
 @pytest.mark.parametrize("factor,words", [(2.0, "0.5 times"), (0.5, "2 times")])
@@ -161,3 +183,14 @@ def test_dead_and_repeated_images_are_counted_and_named(tmp_path: Path) -> None:
     assert page["dead images"]["found"] == "2 of 250, first: row 10 (000010@p.mrcs)" and not page["dead images"]["ok"]
     assert page["repeated images"]["found"] == "1 of 250, first: rows 31 and 32"
     assert page["sample"] == N - 2
+
+
+def test_distortions_are_undone_before_judging(tmp_path: Path) -> None:
+    """A table that tells of an even aberration the images do not have explains less."""
+    p = data(tmp_path)
+    explained = []
+    for piston in (0.0, 1.2):
+        optics = builders.optics_columns(BOX, PIXEL) | {"rlnEvenZernike": [f"[{piston}]"]}
+        page = decide(tmp_path, builders.star31(tmp_path / "p.star", p, optics, builders.particle_columns(p)))
+        explained.append(page["evidence"]["ctf"]["as given"]["explained"])
+    assert explained[1] < 0.97 * explained[0]

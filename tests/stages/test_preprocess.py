@@ -6,6 +6,7 @@ from planted import plant, with_groups
 from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
+from cryospire.maths.ctf import beam_tilt_phase
 from cryospire.maths.fourier import radial_mean, window
 from cryospire.stages import preprocess
 
@@ -105,7 +106,7 @@ def test_only_whole_shards_are_written(tmp_path):
 
 def test_beam_tilt_is_undone(tmp_path):
     planted = plant(tmp_path, n=20, noise=0.01)
-    phase = preprocess.beam_tilt_phase(32, 4.0, torch.tensor([[40.0, -25.0]]), torch.tensor([300.0]), torch.tensor([2.7]))
+    phase = beam_tilt_phase(32, 4.0, torch.tensor([[40.0, -25.0]]), torch.tensor([300.0]), torch.tensor([2.7]))
     phase[:, 16] = phase[:, :, 16] = 0
     tilted = torch.fft.irfft2(torch.fft.rfft2(torch.from_numpy(planted.images)) * torch.exp(-1j * phase), s=(32, 32)).numpy()
     straight = stores.read(run(tmp_path, planted.star, "straight.zarr", window=False), "images")
