@@ -12,7 +12,8 @@ from cryospire.conventions import InputError
 from cryospire.io import metadata_cs, metadata_pkl, metadata_relion, metadata_star
 from cryospire.io.metadata_pkl import indices
 from cryospire.io.metadata_relion import write_star
-from cryospire.io.table import Optics, ParticleTable, check_stacks, images
+from cryospire.io.names import images
+from cryospire.io.table import Optics, ParticleTable, check_stacks
 
 __all__ = ["Optics", "ParticleTable", "check_stacks", "copy_rows", "image_names", "images", "indices", "read", "write_star"]
 
@@ -48,7 +49,7 @@ def read(
     return table if ind is None else table.take(indices(ind, len(table)))
 
 
-def image_names(particles: Path, *, passthrough: Sequence[Path] = (), datadir: Path | None = None) -> list[str]:
+def image_names(particles: Path, *, passthrough: Sequence[Path] = (), datadir: Path | None = None) -> Sequence[str]:
     """Image name of every row of a particle file, ``000012@stack.mrcs``, from which ids are made.  Raises InputError."""
     if particles.suffix == ".star":
         return metadata_relion.image_names(particles)

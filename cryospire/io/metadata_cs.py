@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryospire.conventions import InputError
-from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, images, locate, refuse, unique
+from cryospire.io.checks import refuse, unique
+from cryospire.io.names import images
+from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, locate
 
 # Phase (radians) per Å of a column's largest value, at frequency s (1/Å) and wavelength w (Å): what its sign is, no document says.
 UNSIGNED: dict[str, Callable[[Floats, Floats], Floats]] = {

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from cryospire.conventions import InputError
 from cryospire.io import mrc
-from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, images, locate, refuse, unique
+from cryospire.io.checks import refuse, unique
+from cryospire.io.names import images
+from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, locate
 
 CTF = ["box", "pixel size", "defocus U", "defocus V", "defocus angle", "voltage", "Cs", "amplitude contrast", "phase shift"]
 LIMIT = 1 << 32  # bytes: cryoDRGN's largest pickles, for ten million particles, take less

@@ -15,7 +15,9 @@ from scipy.spatial.transform import Rotation
 
 from cryospire.conventions import InputError
 from cryospire.io import metadata_star as star
-from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, images, locate, refuse
+from cryospire.io.checks import refuse
+from cryospire.io.names import ImageNames, ImageReader
+from cryospire.io.table import Floats, Optics, ParticleTable, checked, finite, locate
 
 ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 PARTICLE = [
@@ -29,6 +31,7 @@ OPTICS = [
     *MICROSCOPE, *PIXEL, "rlnImageSize", "rlnBeamTiltX", "rlnBeamTiltY", "rlnImageDimensionality", "rlnOpticsGroup",
     "rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped", *IDENTITY,
 ]  # fmt: skip
+ROWS = 1 << 20
 ZERNIKE = ["rlnOddZernike", "rlnEvenZernike"]
 
 
@@ -46,10 +49,12 @@ def particle_block(path: Path, blocks: list[star.Block]) -> star.Block:
     return block
 
 
-def image_names(path: Path) -> list[str]:
+def image_names(path: Path) -> ImageNames:
     """``rlnImageName`` of every row."""
     block = particle_block(path, star.scan(path))
-    return list(star.read_columns(path, block, [], ["rlnImageName"])["rlnImageName"])
+    reader = ImageReader(path, "rlnImageName")
+    star.read_columns(path, block, [], sinks={"rlnImageName": reader})
+    return reader.finish().written
 
 
 def read(path: Path, datadir: Path | None = None) -> ParticleTable:
@@ -63,10 +68,10 @@ def read(path: Path, datadir: Path | None = None) -> ParticleTable:
         what = "this file has no poses: run a refinement" if missing[0] in ANGLES else "CTF parameters are needed"
         raise InputError(f"{path}: block data_{block.name}: missing column{'s' * (len(missing) > 1)} {', '.join(missing)} ({what})")
     wanted = PARTICLE if optics_block else PARTICLE + OPTICS
-    columns = star.read_columns(path, block, list(dict.fromkeys(wanted)), ["rlnImageName"])
-    for name, values in columns.items():
-        if name != "rlnImageName":
-            finite(path, name, values)
+    reader = ImageReader(path, "rlnImageName")
+    columns = star.read_columns(path, block, list(dict.fromkeys(wanted)), sinks={"rlnImageName": reader})
+    for name in columns:
+        finite(path, name, columns[name])
     if optics_block:
         optics, group, notes = _optics_table(path, optics_block, columns, block.rows)
     else:
@@ -75,24 +80,38 @@ def read(path: Path, datadir: Path | None = None) -> ParticleTable:
     def column(name: str, default: float = 0.0) -> Floats:
         return columns.get(name, np.full(block.rows, default))
 
-    taken = images(path, "rlnImageName", columns["rlnImageName"])
+    taken = reader.finish()
     half = column("rlnRandomSubset")
     refuse(~np.isin(half, (0, 1, 2)), path, "rlnRandomSubset", half, "expected 1 or 2")
     if np.any(column("rlnCtfBfactor") != 0):
         notes.append("rlnCtfBfactor is not zero and is not used")
-    euler = np.stack([columns[a] for a in ANGLES], 1)
+    shift = _shift(columns, optics.pixel_size[group])
+    half_set = half.astype(np.int8)
+    # What has been used is let go: at ten million rows a column is 80 MB.
+    half = np.empty(0)
+    for name in [c for c in columns if c.startswith("rlnOrigin") or c in ("rlnRandomSubset", "rlnOpticsGroup", "rlnCtfBfactor")]:
+        del columns[name]
+    rotation = matrices([columns.pop(a) for a in ANGLES])
     u = column("rlnDefocusU")
     return checked(
         ParticleTable(
-            source=path, id=taken.id, image_names=columns["rlnImageName"], stacks=locate(path, taken.names, datadir),
+            source=path, id=taken.id, image_names=taken.written, stacks=locate(path, taken.names, datadir),
             stack=taken.stack, index=taken.index, row=np.arange(block.rows),
-            rotation=Rotation.from_euler("ZYZ", euler, degrees=True).as_matrix().transpose(0, 2, 1),
-            shift=_shift(columns, optics.pixel_size[group]),
+            rotation=rotation, shift=shift,
             defocus_u=u, defocus_v=columns.get("rlnDefocusV", u), defocus_angle=column("rlnDefocusAngle"),
             phase_shift=column("rlnPhaseShift"), ctf_scale=column("rlnCtfScalefactor", 1.0),
-            half_set=half.astype(np.int8), group=group, optics=optics, notes=tuple(notes),
+            half_set=half_set, group=group, optics=optics, notes=tuple(notes),
         )
     )  # fmt: skip
+
+
+def matrices(angles: list[Floats]) -> Floats:
+    """Rotations (N, 3, 3), x_view = R x_model, of ``rlnAngleRot``, ``Tilt``, ``Psi`` (N,), degrees."""
+    out = np.empty((len(angles[0]), 3, 3))
+    for start in range(0, len(out), ROWS):
+        part = np.stack([a[start : start + ROWS] for a in angles], 1)
+        out[start : start + ROWS] = Rotation.from_euler("ZYZ", part, degrees=True).as_matrix().transpose(0, 2, 1)
+    return out
 
 
 def _shift(columns: dict[str, Any], pixel_size: Floats) -> Floats:

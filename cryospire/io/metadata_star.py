@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pandas as pd
@@ -143,23 +143,34 @@ def row_lines(path: Path, block: Block) -> Iterator[list[tuple[int, bytes]]]:
             number += len(lines)
 
 
-def read_columns(path: Path, block: Block, numbers: Sequence[str], strings: Sequence[str] = ()) -> dict[str, Any]:
+class Sink(Protocol):
+    """What takes a column's strings as they are read."""
+
+    def extend(self, values: list[str], /) -> None: ...
+
+
+def read_columns(
+    path: Path, block: Block, numbers: Sequence[str], strings: Sequence[str] = (), sinks: Mapping[str, Sink] | None = None
+) -> dict[str, Any]:
     """Columns of a block: those in ``numbers`` as float64 (N,), those in ``strings`` as lists; absent ones are left out.
+
+    Strings of the columns that ``sinks`` names go there a chunk at a time, and are not kept.
 
     Raises InputError naming the line that has too few or too many values, or a value that is not a number.
     """
     if block.pairs and not block.columns:
         return _pairs(path, block, numbers, strings)
-    number_columns, string_columns = [[c for c in names if c in block.columns] for names in (numbers, strings)]
+    sinks = sinks or {}
+    number_columns, string_columns = [[c for c in names if c in block.columns] for names in (numbers, [*strings, *sinks])]
     arrays = {c: np.empty(block.rows) for c in number_columns}
-    lists: dict[str, list[str]] = {c: [] for c in string_columns}
+    lists: dict[str, list[str]] = {c: [] for c in string_columns if c not in sinks}
     done = 0
     for chunk in row_lines(path, block):
         part = _parse(path, block, chunk, number_columns, string_columns)
         for c, array in arrays.items():
             array[done : done + len(chunk)] = part[c]
-        for c, values in lists.items():
-            values += part[c]
+        for c in string_columns:
+            (lists[c] if c in lists else sinks[c]).extend(part[c])
         done += len(chunk)
     return {**arrays, **lists}
 

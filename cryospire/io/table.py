@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cryospire.conventions import InputError, particle_id
+from cryospire.conventions import InputError
 from cryospire.io import mrc
+from cryospire.io.checks import refuse, shown
+from cryospire.io.names import ImageNames
 
+ROWS = 1 << 20  # at a time, where temporaries are large
 Floats = NDArray[np.float64]
 
 
@@ -39,7 +42,7 @@ class ParticleTable:
 
     source: Path
     id: NDArray[np.int64]
-    image_names: list[str]  # "000012@stack.mrcs", as written
+    image_names: Sequence[str]  # "000012@stack.mrcs", as written
     stacks: list[Path]  # absolute
     stack: NDArray[np.int32]  # entry of stacks
     index: NDArray[np.int64]  # 0-based image in the stack
@@ -63,23 +66,9 @@ class ParticleTable:
     def take(self, rows: NDArray[Any]) -> ParticleTable:
         """The given rows (0-based positions), in their order; stacks and optics stay whole."""
         arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
-        names = self.image_names
-        return replace(self, image_names=[names[i] for i in np.arange(len(self))[rows]], **arrays)
-
-
-def refuse(bad: Any, source: Path, column: str, values: Any, why: str) -> None:
-    """Raise InputError naming the file, the first bad row (from 1) and its value."""
-    if bad.any():
-        i = int(np.argmax(bad))
-        value = shown(values[i])
-        more = f" ({int(bad.sum())} such rows)" if bad.sum() > 1 else ""
-        raise InputError(f"{source}: row {i + 1}: {column} is {value}: {why}{more}")
-
-
-def shown(value: Any) -> str:
-    """A value as it stands in a message of one line."""
-    text = str(np.asarray(value).tolist())
-    return text if text.isprintable() else repr(text)
+        names, places = self.image_names, np.arange(len(self))[rows]
+        kept = names.take(places) if isinstance(names, ImageNames) else [names[i] for i in places]
+        return replace(self, image_names=kept, **arrays)
 
 
 def finite(source: Path, column: str, values: Floats) -> Floats:
@@ -87,61 +76,6 @@ def finite(source: Path, column: str, values: Floats) -> Floats:
     values = np.asarray(values, np.float64)
     refuse(~np.isfinite(values.reshape(len(values), -1)).all(1), source, column, values, "not a finite number")
     return values
-
-
-def key(name: str) -> str:
-    """The name an id is made of: six digits at least, '@', path without a leading '>' or './'; one without '@' is a stack's first image.
-
-    Raises ValueError where the image number is not a whole number.
-    """
-    number, at, path = name.partition("@")
-    if not at:
-        number, path = "1", name
-    if not number.isdecimal():
-        raise ValueError(number)
-    path = path.lstrip(">")
-    while path.startswith("./"):
-        path = path[2:].lstrip("/")
-    return f"{int(number):06d}@{path}"
-
-
-@dataclass(frozen=True)
-class Images:
-    """Image names taken apart: permanent ids, 0-based index, stack number, and the stacks' names."""
-
-    id: NDArray[np.int64]
-    index: NDArray[np.int64]
-    stack: NDArray[np.int32]
-    names: list[str]
-
-
-def images(source: Path, column: str, names: Sequence[str]) -> Images:
-    """Take image names apart.  Raises InputError at the first malformed, zero-based, or repeated one, with both rows of a repeat."""
-    n = len(names)
-    ids, index, stack = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int32)
-    found: dict[str, int] = {}
-    for i, name in enumerate(names):
-        try:
-            whole = key(name)
-        except ValueError:
-            raise InputError(f"{source}: row {i + 1}: {column} is {name!r}: expected NUMBER@STACK") from None
-        number, _, path = whole.partition("@")
-        if not path:
-            raise InputError(f"{source}: row {i + 1}: {column} is {name!r}: no stack is named")
-        ids[i], index[i], stack[i] = particle_id(whole), int(number) - 1, found.setdefault(path, len(found))
-    refuse(index < 0, source, column, names, "images of a stack count from 1")
-    unique(source, column, ids, names)
-    return Images(ids, index, stack, list(found))
-
-
-def unique(source: Path, column: str, ids: NDArray[Any], values: Any) -> None:
-    """Refuse an id that appears twice, naming both rows."""
-    order = np.argsort(ids, kind="stable")
-    twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(twice):
-        first, second = sorted(order[twice[0] : twice[0] + 2].tolist())
-        value = shown(values[second])
-        raise InputError(f"{source}: row {second + 1}: {column} is {value}: already in row {first + 1} ({len(twice)} repeats)")
 
 
 def locate(source: Path, names: Sequence[str], datadir: Path | None) -> list[Path]:
@@ -185,9 +119,11 @@ def checked(table: ParticleTable) -> ParticleTable:
     table = t = replace(table, optics=_boxes(table))
     o = t.optics
     _optics((o.box < 8) | (o.box % 2 == 1), table, "box", "expected an even number of pixels, at least 8")
-    product = np.einsum("nij,nkj->nik", t.rotation, t.rotation) - np.eye(3)
-    bad = ~(np.abs(product).max((1, 2)) < 1e-3) | ~(np.linalg.det(t.rotation) > 0)
-    refuse(bad, source, "rotation", t.rotation, "not a rotation matrix")
+    for start in range(0, len(t), ROWS):
+        part = t.rotation[start : start + ROWS]
+        product = np.einsum("nij,nkj->nik", part, part) - np.eye(3)
+        bad = ~(np.abs(product).max((1, 2)) < 1e-3) | ~(np.linalg.det(part) > 0)
+        refuse(bad, source, "rotation", part, "not a rotation matrix", first=start)
     refuse(np.abs(t.shift).max(1) > (o.box * o.pixel_size)[t.group], source, "shift", t.shift, "Å, larger than the box")
     for name in ("defocus_u", "defocus_v"):
         values = getattr(t, name)

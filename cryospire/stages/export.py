@@ -18,7 +18,7 @@ from cryospire import log
 from cryospire.config import Config
 from cryospire.conventions import InputError, particle_id
 from cryospire.io import metadata, stores
-from cryospire.io.table import key
+from cryospire.io.names import key
 
 Ids = NDArray[np.int64]
 

@@ -14,7 +14,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from cryospire.io import metadata, mrc
-from cryospire.io.table import Optics, ParticleTable, images
+from cryospire.io.names import images
+from cryospire.io.table import Optics, ParticleTable
 from cryospire.kernels import insertion as kernel
 from cryospire.maths import fourier, insertion, metrics
 from cryospire.maths.ctf import ctf
