@@ -13,78 +13,11 @@ import builders
 import numpy as np
 import pytest
 import yaml
+from bad_files import CASES, aberrated, case, column, cs, drgn, optics, selection, text, without
 
 from cryospire import cli
 
 P = builders.Planted
-Build = Callable[[Path, P], dict[str, Any]]
-CASES: dict[str, tuple[Build, str]] = {}
-
-
-def case(words: str) -> Callable[[Build], Build]:
-    def add(build: Build) -> Build:
-        CASES[build.__name__] = (build, words)
-        return build
-
-    return add
-
-
-def column(name: str, row: int, value: Any, words: str, label: str) -> None:
-    """A star file with one bad value."""
-
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        columns = builders.particle_columns(p)
-        columns[name] = list(columns.get(name, [0] * len(p.names)))
-        columns[name][row] = value
-        return {"particles": builders.star31(folder / "p.star", p, particles=columns)}
-
-    CASES[label] = (build, words)
-
-
-def optics(name: str, value: Any, words: str, label: str) -> None:
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        return {"particles": builders.star31(folder / "p.star", p, builders.optics_columns() | {name: [value]})}
-
-    CASES[label] = (build, words)
-
-
-def text(change: Callable[[str], str | bytes], words: str, label: str) -> None:
-    """A star file whose text was damaged."""
-
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        path = builders.star31(folder / "p.star", p)
-        new = change(path.read_text())
-        path.write_bytes(new if isinstance(new, bytes) else new.encode())
-        return {"particles": path}
-
-    CASES[label] = (build, words)
-
-
-def without(name: str, words: str, label: str) -> None:
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        columns = builders.particle_columns(p)
-        del columns[name]
-        return {"particles": builders.star31(folder / "p.star", p, particles=columns)}
-
-    CASES[label] = (build, words)
-
-
-def cs(change: Callable[[np.ndarray], Any], words: str, label: str) -> None:
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        rows = builders.cs_rows(p)
-        changed = change(rows)
-        return {"particles": builders.cs(folder / "p.cs", changed if isinstance(changed, np.ndarray) else rows)}
-
-    CASES[label] = (build, words)
-
-
-def drgn(change: Callable[[Path, dict[str, Path]], Any], words: str, label: str) -> None:
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        files: dict[str, Any] = builders.cryodrgn(folder, p)
-        change(folder, files)
-        return {k: v for k, v in files.items() if v is not None}
-
-    CASES[label] = (build, words)
 
 
 column("rlnAngleRot", 3, "nan", r"row 4: rlnAngleRot is nan", "nan angle")
@@ -143,14 +76,6 @@ cs(lambda r: np.zeros(4), r"not a cryoSPARC table", "cs plain numbers")
 cs(lambda r: np.add(r["blob/idx"], 1, r["blob/idx"]) is None, r"row 12: image 000013@s0.mrcs", "cs one-based")
 
 
-
-def aberrated(name: str, width: int, value: float, words: str, label: str) -> None:
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        return {"particles": builders.cs(folder / "p.cs", builders.with_column(builders.cs_rows(p), name, width, value))}
-
-    CASES[label] = (build, words)
-
-
 aberrated("ctf/trefoil_A", 2, 1e6, r"row 1: ctf/trefoil_A .*phase of 6.\d+ radians at Nyquist that is not corrected", "cs large trefoil")
 aberrated("ctf/tetra_A", 4, 1e8, r"row 1: ctf/tetra_A .*phase of 7.\d+ radians at Nyquist that is not corrected", "cs large tetrafoil")
 aberrated("ctf/shift_A", 2, 3.0, r"row 1: ctf/shift_A .*phase of 3.77 radians at Nyquist that is not corrected", "cs beam shift")
@@ -177,15 +102,6 @@ drgn(lambda d, f: f["poses"].write_text("hello"), r"poses.pkl: not a pickle", "t
 drgn(lambda d, f: f.__setitem__("ctf", None), r"needs ctf", "no ctf.pkl")
 drgn(lambda d, f: f["particles"].write_text("\n"), r"lists no stacks", "empty list")
 drgn(lambda d, f: f["particles"].write_text("s0.mrcs\nnone.mrcs\n"), r"stack none.mrcs: no such file", "list of a missing stack")
-
-
-def selection(value: Any, words: str, label: str, name: str = "ind.pkl") -> None:
-    def build(folder: Path, p: P) -> dict[str, Any]:
-        ind = folder / name
-        ind.write_text(value) if isinstance(value, str) else builders.pickled(ind, value)
-        return {"particles": builders.star31(folder / "p.star", p), "ind": ind}
-
-    CASES[label] = (build, words)
 
 
 selection(np.array([3, 12]), r"ind.pkl: row 2: index is 12: there are 12 particles, counted from 0", "index beyond the table")
