@@ -259,7 +259,7 @@ def write_truth(folder: Path, molecule: Molecule, states: States, labels: NDArra
     np.savez(
         folder / "segmentation.npz", position=molecule.position.numpy(), weight=molecule.weight.numpy(), part=part.numpy(),
         rotation=rotation.numpy(), translation=(pivot - rotation @ pivot).numpy(),
-        present=torch.stack([(states.weight[:, part == p] > 0).all(1) for p in range(len(moved))], 1).numpy(),
+        present=torch.stack([(states.weight[:, part == p] > 0).any(1) for p in range(len(moved))], 1).numpy(),
     )  # fmt: skip
     counts = np.bincount(labels, minlength=settings.states)
     story = {
