@@ -207,6 +207,7 @@ def test_a_rank_killed_in_mid_epoch(slurm: Slurm, run: Path, snakemake: Workflow
     same(run, undisturbed)
 
 
+@pytest.mark.slow  # on a fast machine the job may end before the next Snakemake looks, and then there is nothing to take up
 def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: Workflow, undisturbed: Result) -> None:
     """The job lives on, is taken up by the next Snakemake, and was submitted once."""
     process = snakemake()
