@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cryospire import kernels
 from cryospire.config import Train, Training
+from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.maths.losses import residual_energy
 from cryospire.maths.poses import exp_so3
@@ -179,6 +180,9 @@ def load(path: Path) -> Mixture:
     config = Train.model_validate(section) if shape["kind"] == "Train" else Discover.model_validate(section)
     box, pixel_size = int(str(group.attrs["box"])), float(str(group.attrs["pixel_size"]))
     model = Mixture(config, shape["latent"], shape["features"], shape["gaussians"], box, pixel_size, shape["anchor_sizes"])
+    missing = [name for name in model.state_dict() if f"networks/{name}" not in group]
+    if missing:
+        raise InputError(f"{path}: networks/{missing[0]} is missing: written by another version of cryospire; run its stage again")
     state: dict[str, Tensor] = {name: torch.as_tensor(_value(group, f"networks/{name}")) for name in model.state_dict()}
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)

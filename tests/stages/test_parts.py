@@ -1,5 +1,7 @@
 """Parts from planted features, seeds from a known density, and a fine mixture that keeps what the coarse one holds."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,14 @@ def test_random_parts_know_nothing(discovery, tmp_path) -> None:  # type: ignore
 def test_too_few_anchors_are_refused(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InputError, match=r"parts\.anchors: 2 anchors cannot serve 3 parts"):
         division(discovery, tmp_path, parts=3, anchors=2)
+
+
+def test_a_store_of_another_version_is_named(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    old = tmp_path / "discovery.zarr"
+    shutil.copytree(discovery[0], old)
+    shutil.rmtree(old / "networks" / "flex.first.weight")
+    with pytest.raises(InputError, match=r"discovery\.zarr: networks/flex\.first\.weight is missing: written by another version"):
+        mixtures.load(old)
 
 
 def test_seeds_follow_the_density_and_hold_its_mass() -> None:
