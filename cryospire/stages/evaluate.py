@@ -1,6 +1,6 @@
 """Against a known truth, as CryoBench defines it: per-state mean latent -> volume -> masked signed FSC -> area.
 
-The same is done for differences from the mean volume, where one map for all states scores 0.
+The same is done for differences from the mean volume, where one map for all states scores 0, and for single images at their own latents.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cryospire.training.model import Mixture, load
 
 BATCH = 512  # images inserted at a time
 MEMORY = 1 << 31  # bytes of accumulators held at once
+IMAGES = 100  # whose own volumes are judged, as CryoBench does
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,16 @@ def run(config: Config, *, model: Path, consensus: Path, particles: Path, truth:
         "particles": len(data), "states": len(known.volumes), "box": data.box, "pixel_size": data.pixel_size, "methods": {}
     }  # fmt: skip
     say(f"evaluate: {len(data):,} particles, {len(known.volumes)} states; the area under a perfect FSC is 0.5")
-    say(f"{'':<18}{'AUC (sd)':>16}{'unmasked':>10}{'difference (sd)':>18}")
+    say(f"{'':<18}{'AUC (sd)':>16}{'unmasked':>10}{'difference (sd)':>18}{'per image':>12}{'difference':>12}")
     for name, volumes in methods(data, known, stores.open_store(consensus, "consensus"), found):
         result["methods"][name] = score(volumes, known, data.pixel_size)
+        if name in found:
+            result["methods"][name]["per_image"] = per_image(*found[name], known)
         say(table_row(name, result["methods"][name]))
     result["models"] = {name: evaluate_model.judge(m, z, known.label, known.segmentation, data) for name, (m, z) in found.items()}
+    apart = state_distances(known)
+    for name, (_, z) in found.items():
+        result["models"][name]["latents"] |= evaluate_model.judge_neighbours(z, known.label, apart)
     if known.segmentation is not None:
         for name, path in {"stage 1": model.parent / "parts.zarr", "stage 2": model}.items():
             if name in found and path.exists():
@@ -166,6 +172,34 @@ def score(volumes: Tensor, known: Truth, pixel_size: float) -> dict[str, Any]:
     return result
 
 
+def per_image(mixture: Mixture, latents: Tensor, known: Truth, images: int = IMAGES) -> dict[str, Any]:
+    """Areas (mean, sd, median) of volumes at the own latents of some images, drawn by a fixed seed, against their true states.
+
+    "difference": the same for what each differs from the mean over these images, in the mixture and in truth.
+    """
+    rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:images]
+    z, label = latents[rows], known.label[rows]
+    volumes = render_states(mixture, z)
+    # Sums by state: the truth of a hundred images is not copied a hundred times.
+    share = torch.bincount(label, minlength=len(known.volumes)) / len(rows)
+    mean, true_mean = volumes.mean(0), torch.tensordot(share, known.volumes, 1)
+    areas = []
+    for volume, k in zip(volumes, label, strict=True):
+        pairs = (volume, known.volumes[k]), (volume - mean, known.volumes[k] - true_mean)
+        areas.append(torch.stack([metrics.auc(metrics.fsc(v, t, known.mask)) for v, t in pairs]))
+    auc, difference = (summary(a) for a in torch.stack(areas).T)
+    return {"images": len(rows)} | {k: {m: v[m] for m in ("mean", "sd", "median")} for k, v in (("auc", auc), ("difference", difference))}
+
+
+def state_distances(known: Truth) -> Tensor:
+    """Root of summed squared density differences (S, S) between true states, inside the mask."""
+    flat, weight = known.volumes.flatten(1), known.mask.flatten().square()
+    product = torch.stack([flat @ (weight * v) for v in flat]).double()
+    power = product.diagonal()
+    distance = (power[:, None] + power - product - product.T).clamp(min=0).sqrt()
+    return distance.fill_diagonal_(0)
+
+
 def summary(values: Tensor) -> dict[str, Any]:
     v = values.double()
     sd = float(v.std()) if len(v) > 1 else 0.0
@@ -182,4 +216,7 @@ def part_of_gaussians(path: Path) -> Tensor:
 
 def table_row(name: str, values: dict[str, Any]) -> str:
     a, u, d = values["auc"], values["unmasked"], values["difference"]
-    return f"{name:<18}{a['mean']:>8.3f} ({a['sd']:.3f}){u['mean']:>10.3f}{d['mean']:>10.3f} ({d['sd']:.3f})"
+    row = f"{name:<18}{a['mean']:>8.3f} ({a['sd']:.3f}){u['mean']:>10.3f}{d['mean']:>10.3f} ({d['sd']:.3f})"
+    if "per_image" in values:
+        row += "".join(f"{values['per_image'][k]['mean']:>12.3f}" for k in ("auc", "difference"))
+    return row

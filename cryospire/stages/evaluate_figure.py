@@ -32,7 +32,8 @@ def draw(result: dict[str, Any], latents: dict[str, Tensor], label: Tensor, path
     axes[2].legend(frameon=False, fontsize=8)
     axes[2].set(xlabel="true state", ylabel="area under FSC", title="every state")
     for axis, (name, z) in zip(axes[3:], latents.items(), strict=False):
-        scatter(axis, z, label, name)
+        near = result["models"][name]["latents"]["neighbours"]
+        scatter(axis, z, label, f"{name}: {near['similarity'][0]:.0%} of the {near['k'][0]} nearest are right")
     if occupancy:
         name, shown = occupancy[-1]
         centre = (np.arange(40) + 0.5) / 40

@@ -13,13 +13,15 @@ from scipy.spatial import cKDTree
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from cryospire.maths import recovery
+from cryospire.maths import neighbours, recovery
 from cryospire.training.data import Particles
 from cryospire.training.model import Mixture
 
 NEAR = 2.0  # pixels within which a Gaussian belongs to the nearest atom
 LIGHT = 0.05  # Gaussians of less than this fraction of the median mass are not counted
 SAMPLE = 4096  # particles whose occupancies are looked at
+POINTS = 3000  # particles whose neighbours are looked at
+RADII = (0.01, 0.05, 0.2)  # neighbourhoods, in shares of these particles: CryoBench's range
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,30 @@ def judge_latents(latents: Tensor, label: Tensor, states: int, data: Particles) 
         "leakage": {
             "pose": recovery.explained(latents, label, pose),
             "defocus": recovery.explained(latents, label, torch.cat([defocus, defocus**2], 1)),
+        },
+    }
+
+
+def judge_neighbours(latents: Tensor, label: Tensor, apart: Tensor) -> dict[str, Any]:
+    """Neighbourhood similarity and information imbalance of latents (N, D) with true states, ``apart`` (S, S) from each other.
+
+    On a sample of particles, drawn by a fixed seed.  ``neighbours``: share of the k nearest by latent that are of the states nearest in
+    truth, and what chance gives; ``imbalance``: 0 if one tells all of the other, 1 if nothing; ``floor`` is what a perfect latent has,
+    since nothing tells particles of one state from each other.
+    """
+    some = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:POINTS]
+    z, of = latents[some].double(), label[some]
+    # Direct differences: the fast way by products would blur the smallest distances, which are the ones that count.
+    near = neighbours.others(torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist"))
+    true = neighbours.others(apart.double()[of][:, of])
+    sizes = [max(1, round(r * len(some))) for r in RADII]
+    pairs = [neighbours.similarity(near, true, k) for k in sizes]
+    return {
+        "neighbours": {"of": len(some), "k": sizes, "similarity": [p[0] for p in pairs], "chance": [p[1] for p in pairs]},
+        "imbalance": {
+            "latent_to_truth": neighbours.information_imbalance(near, true),
+            "truth_to_latent": neighbours.information_imbalance(true, near),
+            "floor": neighbours.information_imbalance(true, true),
         },
     }
 
@@ -175,6 +201,10 @@ def sentence(name: str, values: dict[str, Any]) -> str:
     """What a model's entry says, in one line."""
     z = values["latents"]
     text = f"{name}: latents between/within {z['between_over_within']['mean']:.2f}, main lump {100 * z['main_lump']['mean']:.0f} %"
+    if "neighbours" in z:
+        n, i = z["neighbours"], z["imbalance"]
+        text += f"; {100 * n['similarity'][0]:.0f} % of the {n['k'][0]} nearest latents are right (chance {100 * n['chance'][0]:.0f} %)"
+        text += f", information imbalance {i['latent_to_truth']:.2f} to the truth, {i['truth_to_latent']:.2f} back (best {i['floor']:.2f})"
     if "parts" in values:
         p = values["parts"]
         text += f"; {p['found']} parts for {p['true']}, adjusted Rand index {p['adjusted_rand_index']:.2f}"

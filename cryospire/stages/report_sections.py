@@ -190,11 +190,13 @@ def evaluation(results: Results) -> str:
     for name, m in found["methods"].items():
         auc, change = m["auc"], m["difference"]
         spread = f"{auc['mean']:.3f} ({auc['sd']:.3f})", f"{change['mean']:.3f} ({change['sd']:.3f})"
-        rows.append((name, spread[0], f"{m['unmasked']['mean']:.3f}", spread[1], f"{m['resolution']['mean']:.1f}"))
-    head = ("method", "AUC, mean (sd)", "AUC without mask", "AUC of differences", "resolution at 0.5 (Å)")
+        own = [f"{m['per_image'][k]['mean']:.3f}" if "per_image" in m else "" for k in ("auc", "difference")]
+        rows.append((name, spread[0], f"{m['unmasked']['mean']:.3f}", spread[1], *own, f"{m['resolution']['mean']:.1f}"))
+    areas = ("AUC, mean (sd)", "AUC without mask", "AUC of differences", "AUC per image", "of differences per image")
+    head = ("method", *areas, "resolution at 0.5 (Å)")
     said = page.text(
         f"Each of {found['states']} true states against the volume at the mean latent of its particles: area under the FSC, at most 0.5.",
-        "Differences are from the mean volume, where one map for all states scores 0.",
+        "Differences are from the mean volume, where one map for all states scores 0. Per image: volumes at the latents of single images.",
     )
     more = "".join(page.text(f"{evaluate_model.sentence(name, values)}.") for name, values in found.get("models", {}).items())
     drawn = results.root / "evaluation.png"

@@ -115,6 +115,38 @@ def test_a_model_that_knows_everything(known: evaluate.Truth, data: Particles) -
     assert abs(evaluate_model.judge_parts(oracle, z, known.label, known.segmentation, shuffled)["adjusted_rand_index"]) < 0.1
 
 
+def test_neighbours_of_latents_that_know_the_state_and_of_shuffled_ones(known: evaluate.Truth) -> None:
+    apart, z = evaluate.state_distances(known), latents(known.label)
+    volumes = known.volumes * known.mask
+    assert apart[0, 1] == pytest.approx(float((volumes[0] - volumes[1]).norm()), rel=1e-4) and apart.diagonal().tolist() == [0] * STATES
+    found = evaluate_model.judge_neighbours(z, known.label, apart)
+    assert found["neighbours"]["k"] == [8, 40, 160] and found["neighbours"]["similarity"][:2] == [1, 1]
+    assert found["imbalance"]["floor"] == pytest.approx(1 / STATES, abs=0.01)
+    assert found["imbalance"]["latent_to_truth"] == pytest.approx(found["imbalance"]["floor"])
+    assert found["imbalance"]["truth_to_latent"] == pytest.approx(found["imbalance"]["floor"], abs=0.02)
+    lost = evaluate_model.judge_neighbours(z[torch.randperm(800, generator=torch.Generator().manual_seed(0))], known.label, apart)
+    assert lost["neighbours"]["similarity"] == pytest.approx(lost["neighbours"]["chance"], abs=0.03)
+    assert lost["imbalance"]["latent_to_truth"] == pytest.approx(1, abs=0.06)
+    assert "100 % of the 8 nearest" in evaluate_model.sentence("planted", {"latents": found | GOOD})
+
+
+GOOD = {"between_over_within": {"mean": 9.0}, "main_lump": {"mean": 1.0}}
+
+
+def test_per_image_areas_follow_the_latents_of_the_images(known: evaluate.Truth) -> None:
+    """Latents of the true states score as the states do; latents of a fixed state score as a map of that state: no differences."""
+    oracle, z = Oracle(known.segmentation), latents(known.label)
+    states = evaluate.score(evaluate.render_states(oracle, latents(torch.arange(STATES))), known, PIXEL)
+    own = evaluate.per_image(oracle, z, known)
+    assert own["images"] == 100
+    assert own["auc"]["mean"] == pytest.approx(states["auc"]["mean"], abs=0.01)
+    assert own["difference"]["mean"] == pytest.approx(states["difference"]["mean"], abs=0.02)
+    one = evaluate.per_image(oracle, latents(torch.zeros(800)), known)
+    assert one["auc"]["mean"] < own["auc"]["mean"] and abs(one["difference"]["mean"]) < 0.02
+    lost = evaluate.per_image(oracle, z[torch.randperm(800, generator=torch.Generator().manual_seed(0))], known)
+    assert lost["difference"]["mean"] < own["difference"]["mean"] / 2
+
+
 def test_a_motion_that_is_wrong_by_25_degrees_is_found_so(known: evaluate.Truth) -> None:
     means = evaluate.recovery.group_means(latents(known.label), known.label, STATES)
     assigned = evaluate_model.assign(Oracle(known.segmentation, turned=25.0), means, known.segmentation)
@@ -153,6 +185,8 @@ def test_run_from_stores(folder: Path, synthetic: SimpleNamespace) -> None:
     assert len(result["methods"]["stage 2"]["auc"]["states"]) == STATES
     assert abs(result["methods"]["stage 2"]["difference"]["mean"]) < 0.1
     assert result["models"]["stage 2"]["parts"]["found"] == 2
+    assert abs(result["methods"]["stage 2"]["per_image"]["difference"]["mean"]) < 0.1
+    assert 0.2 < result["models"]["stage 2"]["latents"]["imbalance"]["latent_to_truth"] < 1.2
     assert (folder / "evaluation.png").stat().st_size > 10_000
 
 

@@ -61,7 +61,10 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
         file = tmp_path / f"mixed-small-hard-seed{seed}/base/evaluation.json"
         file.parent.mkdir(parents=True)
         entry = {"auc": {"mean": area, "sd": 0.01}, "unmasked": {"mean": 0.3}, "difference": {"mean": area - 0.1}}
-        file.write_text(json.dumps({"methods": {"consensus": entry, "stage 2": entry}}))
+        own = entry | {"per_image": {"auc": {"mean": area - 0.02}, "difference": {"mean": area - 0.12}}}
+        near = {"neighbours": {"similarity": [0.8, 0.6]}, "imbalance": {"latent_to_truth": 0.1, "truth_to_latent": 0.2}}
+        model = {"latents": near | {"main_lump": {"mean": 1.0}}}
+        file.write_text(json.dumps({"methods": {"consensus": entry, "stage 2": own}, "models": {"stage 2": model}}))
         files.append(file)
     done = call("table", tmp_path / "table.csv", *files)
     assert done.returncode == 0, done.stderr
@@ -69,4 +72,6 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     assert set(rows) == {"consensus", "stage 2, base"}
     assert rows["stage 2, base"]["dataset"] == "mixed-small-hard" and rows["stage 2, base"]["seeds"] == "3"
     assert float(rows["consensus"]["auc"]) == pytest.approx(0.42) and float(rows["consensus"]["auc_spread"]) == pytest.approx(0.02)
+    got = {name: rows["stage 2, base"][name] for name in ("per_image", "per_image_difference", "neighbours", "imbalance", "imbalance_back")}
+    assert list(got.values()) == ["0.4000", "0.3000", "0.8000", "0.1000", "0.2000"] and rows["consensus"]["per_image"] == ""
     assert "0.3200 (0.0200)" in (tmp_path / "table.md").read_text() and (tmp_path / "table.png").exists()

@@ -27,6 +27,10 @@ from cryospire.stages import evaluate
 from cryospire.training.data import Particles
 
 COLUMNS = ("auc", "unmasked", "difference")
+NAMES = [
+    *COLUMNS, "states_sd", "per_image", "per_image_difference", "between_over_within", "main_lump", "neighbours", "imbalance",
+    "imbalance_back", "parts_ari",
+]  # fmt: skip
 
 
 def make_config(
@@ -75,6 +79,21 @@ def score(folder: Path, particles: Path, truth: Path, name: str, output: Path) -
     output.write_text(json.dumps({"methods": {name: evaluate.score(volumes, known, data.pixel_size)}}, indent=1) + "\n")
 
 
+def numbers(method: dict[str, Any], model: dict[str, Any]) -> dict[str, float]:
+    """One row of the table from a method's entry of evaluation.json and, where it has latents, its model's."""
+    row = {c: method[c]["mean"] for c in COLUMNS} | {"states_sd": method["auc"]["sd"]}
+    if "per_image" in method:
+        row |= {"per_image": method["per_image"]["auc"]["mean"], "per_image_difference": method["per_image"]["difference"]["mean"]}
+    latents = model.get("latents", {})
+    row |= {name: latents[name]["mean"] for name in ("between_over_within", "main_lump") if name in latents}
+    if "neighbours" in latents:
+        row |= {"neighbours": latents["neighbours"]["similarity"][0], "imbalance": latents["imbalance"]["latent_to_truth"]}
+        row["imbalance_back"] = latents["imbalance"]["truth_to_latent"]
+    if "parts" in model:
+        row["parts_ari"] = model["parts"]["adjusted_rand_index"]
+    return row
+
+
 def table(output: Path, files: list[Path]) -> None:
     """Mean of every method over seeds, with the spread of seeds; a .csv and the same as Markdown beside it, and a figure."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -82,19 +101,13 @@ def table(output: Path, files: list[Path]) -> None:
         dataset, _, _ = file.parent.parent.name.rpartition("-seed")
         result = json.loads(file.read_text())
         for method, values in result["methods"].items():
-            row = {c: values[c]["mean"] for c in COLUMNS} | {"states_sd": values["auc"]["sd"]}
-            model = result.get("models", {}).get(method)
-            if model:
-                row["between_over_within"] = model["latents"]["between_over_within"]["mean"]
-                row["main_lump"] = model["latents"]["main_lump"]["mean"]
-                row["parts_ari"] = model.get("parts", {}).get("adjusted_rand_index", np.nan)
+            row = numbers(values, result.get("models", {}).get(method, {}))
             shown = method if not method.startswith("stage") else f"{method}, {file.parent.name}"
             found[dataset, shown].append(row)
-    names = [*COLUMNS, "states_sd", "between_over_within", "main_lump", "parts_ari"]
     rows = []
     for (dataset, method), seeds in sorted(found.items()):
         row: dict[str, Any] = {"dataset": dataset, "method": method, "seeds": len(seeds)}
-        for name in names:
+        for name in NAMES:
             values = np.array([s.get(name, np.nan) for s in seeds])
             row[name] = f"{values.mean():.4f}" if np.isfinite(values).all() else ""
             row[f"{name}_spread"] = f"{values.std(ddof=1):.4f}" if len(values) > 1 and np.isfinite(values).all() else ""
@@ -104,7 +117,7 @@ def table(output: Path, files: list[Path]) -> None:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    head = ["dataset", "method", "seeds", *names]
+    head = ["dataset", "method", "seeds", *NAMES]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(str(r[h]) + (f" ({s})" if (s := r.get(f"{h}_spread")) else "") for h in head) + " |" for r in rows]
     output.with_suffix(".md").write_text("\n".join(lines) + "\n")
