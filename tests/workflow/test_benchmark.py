@@ -26,7 +26,7 @@ def test_whole_benchmark_plans_a_run_of_everything() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     counts = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit())
     # 5 data sets, 3 sizes, 2 levels, 3 seeds.
-    assert counts["simulate"] == counts["cryodrgn"] == counts["recovar"] == "90" and counts["run"] == "270"
+    assert counts["simulate"] == counts["cryodrgn"] == counts["recovar"] == counts["ceiling"] == "90" and counts["run"] == "270"
 
 
 @pytest.mark.parametrize("dataset", ["igg-1d", "igg-rl", "assembly", "mixed", "phantom"])

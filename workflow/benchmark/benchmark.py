@@ -3,6 +3,7 @@
     python benchmark.py config DATASET.yaml --size '{"box": 64, ...}' --energy 655.36 --seed 0 --model M --run DIR
     python benchmark.py zfile EMBEDDING LABELS OUTPUT
     python benchmark.py score VOLUMES PARTICLES.zarr TRUTH NAME OUTPUT.json
+    python benchmark.py ceiling RUN/base.yaml PARTICLES.zarr TRUTH OUTPUT.json --states 5
     python benchmark.py table OUTPUT.csv RUN/VARIANT/evaluation.json ...
 """
 
@@ -13,6 +14,7 @@ import csv
 import json
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import yaml
 from cryospire import config as configuration
 from cryospire.conventions import InputError
 from cryospire.io import metadata_pkl, stores
-from cryospire.stages import evaluate
+from cryospire.stages import evaluate, evaluate_ceiling
 from cryospire.training.data import Particles
 
 COLUMNS = ("auc", "unmasked", "difference")
@@ -77,6 +79,20 @@ def score(folder: Path, particles: Path, truth: Path, name: str, output: Path) -
         raise InputError(f"{folder}: {len(files)} volumes for {len(known.volumes)} states")
     volumes = torch.stack([evaluate.on_grid(f, data) for f in files])
     output.write_text(json.dumps({"methods": {name: evaluate.score(volumes, known, data.pixel_size)}}, indent=1) + "\n")
+
+
+def ceiling(config: Path, particles: Path, truth: Path, output: Path, states: int) -> None:
+    """The row of the mixture fitted to the noise-free truth, with as many Gaussians as stage 2 has, for some states evenly apart."""
+    settings = configuration.load(config)
+    group = stores.open_store(particles, "particles")
+    data = Particles(group)
+    known = evaluate.load_truth(truth, data, stores.read(group, "source/row"))
+    chosen = np.unique(np.linspace(0, len(known.volumes), min(states, len(known.volumes)), endpoint=False).astype(int))
+    some = replace(known, volumes=known.volumes[chosen])
+    fits = [evaluate_ceiling.fit(v, known.mask, settings.train.gaussians, data.pixel_size, settings.seed) for v in some.volumes]
+    row = evaluate.score(torch.stack(fits), some, data.pixel_size) | {"gaussians": settings.train.gaussians, "of_states": chosen.tolist()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"methods": {f"ceiling of {settings.train.gaussians:,} Gaussians": row}}, indent=1) + "\n")
 
 
 def numbers(method: dict[str, Any], model: dict[str, Any]) -> dict[str, float]:
@@ -156,8 +172,14 @@ def main() -> None:
     c.add_argument("--changes", type=json.loads, default={})
     z = commands.add_parser("zfile")
     s = commands.add_parser("score")
+    f = commands.add_parser("ceiling")
+    f.add_argument("--states", type=int, default=5)
     t = commands.add_parser("table")
-    for command, names in ((z, ("embedding", "labels", "output")), (s, ("volumes", "particles", "truth", "name", "output"))):
+    for command, names in (
+        (z, ("embedding", "labels", "output")),
+        (s, ("volumes", "particles", "truth", "name", "output")),
+        (f, ("config", "particles", "truth", "output")),
+    ):
         for name in names:
             command.add_argument(name, type=str if name == "name" else Path)
     t.add_argument("output", type=Path)
@@ -170,6 +192,8 @@ def main() -> None:
             zfile(a.embedding, a.labels, a.output)
         elif a.command == "score":
             score(a.volumes, a.particles, a.truth, a.name, a.output)
+        elif a.command == "ceiling":
+            ceiling(a.config, a.particles, a.truth, a.output, a.states)
         else:
             table(a.output, a.files)
     except InputError as error:
