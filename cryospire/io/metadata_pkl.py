@@ -217,6 +217,21 @@ def image_names(path: Path, datadir: Path | None = None) -> list[str]:
     return [f"{i + 1:06d}@{name}" for name, n in stacks(path, datadir) for i in range(n)]
 
 
+def on_images(table: Floats, box: NDArray[np.int64]) -> tuple[Floats, list[str]]:
+    """The CTF table (N, 9) for images of ``box`` (N,) pixels, with a note where its own box is another.
+
+    cryoDRGN keeps ctf.pkl when images are downsampled, and takes the field of view from it and the box from the images: so here.
+    """
+    other = table[:, 0] != box
+    if not other.any():
+        return table, []
+    scaled = table.copy()
+    scaled[:, 0], scaled[:, 1] = box, table[:, 0] * table[:, 1] / box
+    i = int(np.argmax(other))
+    said = f"ctf.pkl is for box {table[i, 0]:g} at {table[i, 1]:.4g} Å; the images have {box[i]} pixels, so {scaled[i, 1]:.4g} Å each"
+    return scaled, [said]
+
+
 def read(path: Path, poses_file: Path | None, ctf_file: Path | None, datadir: Path | None = None) -> ParticleTable:
     """The particle table of a stack, or of a list of stacks, with poses.pkl and ctf.pkl.  Raises InputError."""
     if poses_file is None or ctf_file is None:
@@ -228,22 +243,24 @@ def read(path: Path, poses_file: Path | None, ctf_file: Path | None, datadir: Pa
     for file, rows in ((poses_file, len(rotation)), (ctf_file, len(table))):
         if rows != len(names):
             raise InputError(f"{file}: {rows} rows, but {path} holds {len(names)} images")
+    refuse(table[:, 0] % 1 != 0, ctf_file, "box", table[:, 0], "expected whole pixels")
+    located = locate(path, taken.names, datadir)
+    table, notes = on_images(table, np.array([mrc.stack_shape(p)[1] for p in located])[taken.stack])
     # box, pixel size, voltage, Cs and amplitude contrast make an optics group; float32 is rounded to the digits it carries.
     keys = np.array([float(f"{v:.6g}") for v in table[:, [0, 1, 5, 6, 7]].ravel()]).reshape(-1, 5)
     values, inverse = np.unique(keys, axis=0, return_inverse=True)
     group: NDArray[np.int32] = inverse.reshape(-1).astype(np.int32)
-    refuse(table[:, 0] % 1 != 0, ctf_file, "box", table[:, 0], "expected whole pixels")
     zero = np.zeros(len(values))
     none: list[list[float]] = [[] for _ in values]
     labels = [f"group {i + 1}" for i in range(len(values))]
     optics = Optics(labels, values[:, 2], values[:, 3], values[:, 4], values[:, 1], values[:, 0].astype(np.int64), zero, zero, none, none)
     return checked(
         ParticleTable(
-            source=path, id=taken.id, image_names=names, stacks=locate(path, taken.names, datadir), stack=taken.stack,
+            source=path, id=taken.id, image_names=names, stacks=located, stack=taken.stack,
             index=taken.index, row=np.arange(len(names)), rotation=rotation,
             shift=-translation * (optics.box * optics.pixel_size)[group][:, None],
             defocus_u=table[:, 2], defocus_v=table[:, 3], defocus_angle=table[:, 4], phase_shift=table[:, 8],
             ctf_scale=np.ones(len(names)), half_set=np.zeros(len(names), np.int8), group=group, optics=optics,
-            notes=("cryoDRGN's CTF starts at minus the amplitude contrast: images made with it look inverted here",),
+            notes=("cryoDRGN's CTF starts at minus the amplitude contrast: images made with it look inverted here", *notes),
         )
     )  # fmt: skip

@@ -204,6 +204,21 @@ def test_pickles_of_every_protocol_and_precision(tmp_path: Path, protocol: int) 
     assert metadata_pkl.indices(numbers, 8).tolist() == [3, 5, 7]
 
 
+def test_ctf_pkl_of_images_before_downsampling(tmp_path: Path) -> None:
+    """CryoBench's ctf.pkl is of box 256 at 1.5 Å, its images of 128: shifts and field of view stay in Å."""
+    p = builders.planted(tmp_path, 12)
+    files = builders.cryodrgn(tmp_path, p)
+    straight = metadata.read(**files)
+    ctf = builders.ctf_table(p)
+    ctf[:, 0], ctf[:, 1] = 2 * builders.BOX, builders.PIXEL / 2
+    files["ctf"] = builders.pickled(tmp_path / "larger.pkl", ctf)
+    t = metadata.read(**files)
+    metadata.check_stacks(t)
+    assert t.optics.box.tolist() == [builders.BOX] and t.optics.pixel_size.tolist() == [builders.PIXEL]
+    np.testing.assert_allclose(t.shift, straight.shift)
+    assert any("box 32 at 1.25 Å" in note and "16 pixels, so 2.5 Å" in note for note in t.notes)
+
+
 def test_a_selection_by_ind_pkl_keeps_rows_of_the_source(tmp_path: Path) -> None:
     p = builders.planted(tmp_path, 8)
     whole = metadata.read(builders.star31(tmp_path / "p.star", p))
