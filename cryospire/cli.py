@@ -224,6 +224,24 @@ def export(
     stage.run(configuration.load(config), output, particles=particles, analysis=analysis, states=state or [], box=box, ids=ids, force=force)
 
 
+@app.command("filter")
+def filter_(
+    config: ConfigPath,
+    particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
+    discovery: Annotated[Path, typer.Option(help="discovery.zarr", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", help="rows to keep, .txt or .pkl, for the config's `ind`", show_default=False)],
+    share: Annotated[float, typer.Option(min=0, help="keep images with more than this share of the median evidence")] = 0.25,
+    threshold: Annotated[float | None, typer.Option(help="evidence (nats) above which an image is kept, instead of --share")] = None,
+    force: Force = False,
+) -> None:
+    """Images that show the particle, by what stage 1 says of each; the others are impurities."""
+    from cryospire.stages import filter as stage
+
+    stage.run(
+        configuration.load(config), particles=particles, discovery=discovery, output=output, share=share, threshold=threshold, force=force
+    )
+
+
 @app.command()
 def summary(results: Annotated[Path, typer.Argument(help="folder of the run")] = Path("results")) -> None:
     """What a run has found, and where report, volumes and stores are."""
