@@ -91,9 +91,8 @@ class Parts(Section):
     """Clusters of features, divided in space into anchors."""
 
     parts: int = Field(0, ge=0, description="number of parts; 0: chosen from the evidence")
-    max_parts: int = Field(8, ge=2, description="the largest number that is tried")
+    max_parts: int = Field(8, ge=2, description="the largest number that is chosen")
     anchors: int = Field(5, ge=1, description="anchors over all parts, at least one a part; large parts get more")
-    seeds: int = Field(8, ge=2, description="repeats of k-means++ for the stability of a division")
     random: bool = Field(False, description="ablation: parts without regard to features")
 
 

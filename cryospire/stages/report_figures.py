@@ -158,14 +158,13 @@ def features(feature: Array, part: Array) -> Figure:
     return drawn
 
 
-def evidence(counts: Array, measures: Mapping[str, Array], chosen: int) -> Figure:
-    """Each measure against the number of parts; the chosen number is marked."""
-    drawn, made = axes(1.9 * len(measures), 2.2, len(measures))
-    for ax, (name, values) in zip(made, measures.items(), strict=True):
-        ax.plot(counts, values, color=BLUE, marker="o", ms=4)
-        ax.axvline(chosen, color=ORANGE, lw=1.2, ls=":")
-        ax.set(xlabel="number of parts", title=name)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+def evidence(counts: Array, loss: Array, chosen: int) -> Figure:
+    """What one part fewer would lose, against the number of parts; the chosen number is marked."""
+    drawn, (ax,) = axes(3.6, 2.4, 1)
+    ax.plot(counts, 100 * loss, color=BLUE, marker="o", ms=4)
+    ax.axvline(chosen, color=ORANGE, lw=1.2, ls=":")
+    ax.set(xlabel="number of parts", ylabel="loss of one fewer (%)")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return drawn
 
 

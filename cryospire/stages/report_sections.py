@@ -34,14 +34,11 @@ def parts(results: Results) -> str:
         figures.features(array(group, "feature"), part),
         "Learned features of the coarse Gaussians: those that move or vanish together lie together.",
     )  # fmt: skip
-    measures = {k: stores.read(group, f"evidence/{k}") for k in ("silhouette", "gap", "stability") if f"evidence/{k}" in group}
-    proof = ""
-    if measures:
-        proof = page.curve(
-            figures.evidence(array(group, "evidence/parts"), measures, count),
-            "Evidence for the number of parts (dotted: chosen). Silhouette: how well separated; gap: against features without clusters; "
-            "stability: agreement of clusterings from disjoint halves (1 is perfect). Higher is better.",
-        )
+    proof = page.curve(
+        figures.evidence(array(group, "evidence/parts"), array(group, "evidence/loss"), count),
+        "Evidence for the number of parts (dotted: chosen): how much of all that changes one part fewer would leave unexplained, "
+        "when a part is there as one rigid body or is absent.",
+    )
     anchors = np.bincount(array(group, "anchors/part"), minlength=count)
     rows = [(f"part {k + 1}", int((part == k).sum()), int(anchors[k])) for k in range(count)]
     return (

@@ -106,7 +106,7 @@ def write_parts(path: Path) -> Path:
     stores.put(group, "feature", part[:, None] * 2.0 + rng.normal(0, 0.3, (len(part), 4)), ("gaussian", "feature"), "learned feature")
     stores.put(group, "position", centre, ("gaussian", "xyz"), "centre", "Å")
     stores.put(group, "anchors/part", np.arange(2), ("anchor",), "part of the anchor")
-    for name, values in {"parts": [2, 3, 4], "silhouette": [0.7, 0.5, 0.4], "gap": [1.0, 0.8, 0.7], "stability": [1, 0.8, 0.7]}.items():
+    for name, values in {"parts": [2, 3, 4], "loss": [0.7, 0.05, 0.01]}.items():
         stores.put(group, f"evidence/{name}", values, ("division",), name)
     stores.finish(group)
     x = np.broadcast_to(np.arange(BOX), (BOX,) * 3)

@@ -12,22 +12,45 @@ from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
 from cryospire.kernels import render_volume
 from cryospire.maths.metrics import fsc
+from cryospire.maths.poses import exp_so3
 from cryospire.stages import discover, parts, train
 from cryospire.training import model as mixtures
 
 BOX, PIXEL, G = 32, 4.0, 240
 
 
+HOME = torch.tensor([[-22.0, 0, 0], [20, 14, 0], [16, -20, 8]])
+
+
+def true_shape(centre: torch.Tensor, truth: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part 0 rests, part 1 swings about the z axis by 35 degrees a unit of the first latent, part 2 is there if the second is positive."""
+    angle = z[:, 0] * (35 * torch.pi / 180)
+    turn = exp_so3(torch.stack([0 * angle, 0 * angle, angle], 1))
+    moved = torch.where((truth == 1)[:, None], centre @ turn.transpose(1, 2), centre)
+    present = torch.where(truth == 2, (z[:, 1:] > 0).float() * 0.9 + 0.05, 0.95 * torch.ones(len(z), 1))
+    return moved, present
+
+
 def planted(seed: int = 0) -> tuple[mixtures.Mixture, np.ndarray]:
-    """A coarse mixture of three regions in space whose features differ, buried in the noise that training leaves."""
+    """A coarse mixture of three regions whose features differ, buried in the noise that training leaves; its heads know the motion."""
     rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
     truth = np.repeat([0, 1, 2], [120, 80, 40])
-    home = np.array([[-22.0, 0, 0], [20, 14, 0], [16, -20, 8]])
     model = mixtures.Mixture(Discover(gaussians=G, latent=2, features=6), 2, 6, G, BOX, PIXEL)
-    centre = home[truth] + rng.normal(0, 5, (G, 3))
-    model.place(torch.from_numpy(centre).float(), torch.full((G,), 6.0), torch.full((G,), 0.3))
+    centre = HOME[truth] + torch.from_numpy(rng.normal(0, 5, (G, 3))).float()
+    model.place(centre, torch.full((G,), 6.0), torch.full((G,), 0.3))
     with torch.no_grad():
-        model.feature.copy_(torch.from_numpy(np.eye(6)[truth] + rng.normal(0, 0.35, (G, 6))))
+        model.feature.copy_(torch.from_numpy(np.eye(6)[truth] + rng.normal(0, 0.2, (G, 6))))
+    model.feature.requires_grad_(False)
+    adam = torch.optim.Adam([*model.flex.parameters(), *model.occupancy.parameters()], lr=2e-2)
+    for _ in range(400):
+        z = torch.randn(32, 2)
+        moved, present = true_shape(centre, torch.from_numpy(truth), z)
+        error = (model.gaussians(z)[0].transpose(1, 2) - moved / PIXEL).square().mean()
+        error = error + 3 * (model.occupancies(z, model.features) - present).square().mean()
+        adam.zero_grad()
+        error.backward()
+        adam.step()
     return model, truth
 
 
@@ -105,10 +128,11 @@ def test_children_keep_the_density_of_their_parents(discovery, tmp_path) -> None
     fine, parent = train.inherit(config, coarse, found, BOX, PIXEL)
     anchor = stores.read(found, "anchor")
     assert np.array_equal(fine.anchor.numpy(), anchor[parent.numpy()]), "a child moves with its parent's anchor"
+    position = torch.from_numpy(stores.read(found, "position"))
     volumes = []
-    for mixture in (coarse, fine):
+    for mixture, centre in ((coarse, position), (fine, fine.centre.detach().T * PIXEL)):
         amplitude = (mixture.relative_amplitude * mixture.amplitude_unit).detach()
-        volumes.append(render_volume(mixture.centre.detach().T * PIXEL, amplitude, mixture.scale.detach(), BOX, PIXEL))
+        volumes.append(render_volume(centre, amplitude, mixture.scale.detach(), BOX, PIXEL))
     assert float(volumes[1].sum() / volumes[0].sum()) == pytest.approx(1, abs=0.02)
     assert bool((fsc(volumes[1], volumes[0])[:7] > 0.95).all())
 

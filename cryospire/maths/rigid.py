@@ -1,0 +1,151 @@
+"""Parts as rigid bodies: a set of Gaussians is a part when, at every shape of the molecule, it is there as one body or is not there.
+
+Densities are sums of blobs of one width at the centres of Gaussians, in pixels, weighted by mass; their inner product is
+``<a, b> = sum_ij w_i v_j exp(-|x_i - y_j|^2 / 4 sigma^2)`` up to a constant (kernel correlation, Tsin & Kanade 2004).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WIDTHS = (4.0, 2.0)  # pixels; sigma of the blobs, from the search to the answer
+STEPS = 6  # of the search at each width
+SWEEPS = 3  # over which a shape learns from its neighbours' motion
+HEAVIEST = 64  # Gaussians of a set whose motion is searched
+STILL = 0.03  # misfit, of the set's own energy, below which no motion is searched
+RESTS = 0.002  # misfit, of all there is to explain, below which a set rests
+WORTH = 0.02  # and by which a motion must lower it
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """K shapes of a molecule of G Gaussians: ``centre`` (K, G, 3) pixels, ``mass`` (K, G), ``share`` (K,) of the particles, and
+    ``near`` (K, K): the shapes in the order of their distance from each."""
+
+    centre: Tensor
+    mass: Tensor
+    share: Tensor
+    near: Tensor
+
+    @staticmethod
+    def of(centre: Tensor, mass: Tensor, share: Tensor, latent: Tensor) -> Shapes:
+        return Shapes(centre, mass, share / share.sum(), torch.cdist(latent, latent).argsort(1))
+
+
+@dataclass(frozen=True)
+class Body:
+    """A set's motion from its ``reference`` shape: ``rotation`` (K, 3, 3), ``translation`` (K, 3) pixels, ``present`` (K,), and
+    ``misfit`` (K,): energy of what the moved reference does not explain."""
+
+    reference: int
+    rotation: Tensor
+    translation: Tensor
+    present: Tensor
+    misfit: Tensor
+
+    @property
+    def rests(self) -> bool:
+        """Always there, and never found to move."""
+        return bool(self.present.all()) and not bool(self.translation.any())
+
+
+def kernel(x: Tensor, y: Tensor, sigma: float) -> Tensor:
+    """``exp(-|x - y|^2 / 4 sigma^2)`` (..., n, m) between points (..., n, 3) and (..., m, 3)."""
+    return torch.exp(torch.cdist(x, y).square() / (-4 * sigma**2))
+
+
+def overlap(x: Tensor, w: Tensor, y: Tensor, v: Tensor, sigma: float = WIDTHS[-1]) -> Tensor:
+    """Inner products (...) of densities of blobs at x (..., n, 3), mass w (..., n), and at y (..., m, 3), mass v (..., m)."""
+    return torch.einsum("...n,...nm,...m->...", w, kernel(x, y, sigma), v)
+
+
+def register(x: Tensor, w: Tensor, y: Tensor, v: Tensor, rotation: Tensor, translation: Tensor) -> tuple[Tensor, Tensor]:
+    """Motions (B, 3, 3), (B, 3) of density y (B, m, 3), v (B, m) that raise its overlap with x (B, n, 3), w (B, n).
+
+    Each step is the weighted least-squares motion (Kabsch) between all pairs of blobs, weighted by their overlap: the overlap
+    never falls, because ``exp(-d)`` lies above its tangent.
+    """
+    for sigma in WIDTHS:
+        for _ in range(STEPS):
+            moved = y @ rotation.transpose(1, 2) + translation[:, None]
+            pair = w[:, :, None] * kernel(x, moved, sigma) * v[:, None]
+            total = pair.sum((1, 2)).clamp(min=1e-20)[:, None]
+            a, b = (pair.sum(2)[:, None] @ x)[:, 0] / total, (pair.sum(1)[:, None] @ y)[:, 0] / total
+            u, _, vt = torch.linalg.svd((x - a[:, None]).transpose(1, 2) @ pair @ (y - b[:, None]))
+            sign = torch.ones_like(a)
+            sign[:, 2] = torch.det(u @ vt).sign()
+            rotation = u @ (sign[:, :, None] * vt)
+            translation = a - (rotation @ b[:, :, None])[:, :, 0]
+    return rotation, translation
+
+
+def fit(shapes: Shapes, members: Tensor) -> Body:
+    """How the set ``members`` (G,; boolean) moves, as one body that may be absent, from the shape where it is most."""
+    x, w = shapes.centre[:, members], shapes.mass[:, members]
+    energy = overlap(x, w, x, w)
+    reference = int(energy.argmax())
+    y, v = x[reference], w[reference]
+    rotation, translation = torch.eye(3).repeat(len(x), 1, 1), torch.zeros(len(x), 3)
+    misfit = energy + energy[reference] - 2 * overlap(x, w, y, v)
+    k = torch.nonzero(torch.minimum(misfit, energy) > STILL * energy[reference])[:, 0]
+    heavy, chosen = w.topk(min(HEAVIEST, w.shape[1]), 1)
+    few = x.gather(1, chosen[:, :, None].expand(-1, -1, 3))
+    middle = (w[:, :, None] * x).sum(1) / w.sum(1).clamp(min=1e-20)[:, None]
+    starts = [(rotation, middle - middle[reference])]
+    for _ in range(SWEEPS if len(k) else 0):
+        for r, t in starts:
+            r, t = register(few[k], heavy[k], few[reference].expand(len(k), -1, -1), heavy[reference].expand(len(k), -1), r[k], t[k])
+            moved = y @ r.transpose(1, 2) + t[:, None]
+            new = energy[k] + energy[reference] - 2 * overlap(x[k], w[k], moved, v)
+            better = new < misfit[k] - WORTH * energy[reference]
+            at = k[better]
+            rotation[at], translation[at], misfit[at] = r[better], t[better], new[better]
+        starts = [(rotation[shapes.near[:, j]], translation[shapes.near[:, j]]) for j in (1, 2)]
+    misfit = misfit.clamp(min=0)
+    return Body(reference, rotation, translation, misfit < energy, torch.minimum(misfit, energy))
+
+
+def cost(shapes: Shapes, body: Body) -> float:
+    """Misfit of a body, averaged over particles."""
+    return float((shapes.share * body.misfit).sum())
+
+
+def variation(shapes: Shapes) -> float:
+    """Energy of the density's deviation from its mean over particles: what there is to explain."""
+    gram = torch.stack([overlap(shapes.centre, shapes.mass, c, m) for c, m in zip(shapes.centre, shapes.mass, strict=True)])
+    return float((shapes.share * gram.diagonal()).sum() - shapes.share @ gram @ shapes.share)
+
+
+def merge(shapes: Shapes, label: Tensor) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """Join sets of ``label`` (G,) until one is left, always the two that lose least; what rests is joined first.
+
+    Returns the labels (G,) at every number of sets, and for each what one set fewer would lose, of all there is to explain.
+    """
+    whole = variation(shapes)
+    sets = {k: label == name for k, name in enumerate(torch.unique(label))}
+    bodies = {k: fit(shapes, m) for k, m in sets.items()}
+    alone = {k: cost(shapes, body) for k, body in bodies.items()}
+    resting = [k for k, body in bodies.items() if body.rests and alone[k] < RESTS * whole]
+    joint: dict[tuple[int, int], float] = {}
+    levels, losses = {len(sets): _labels(sets)}, {}
+    while len(sets) > 1:
+        # The order in which what rests is joined would be chance, and a fragment of mixed content could take a piece along.
+        pairs = [(resting[0], resting[1])] if len(resting) > 1 else [(a, b) for a in sets for b in sets if a < b]
+        for a, b in pairs:
+            if (a, b) not in joint:
+                joint[a, b] = cost(shapes, fit(shapes, sets[a] | sets[b]))
+        loss, a, b = min((joint[a, b] - alone[a] - alone[b], a, b) for a, b in pairs)
+        losses[len(sets)] = loss / whole if whole > 0 else 0.0
+        new = max(sets) + 1
+        sets[new], alone[new] = sets.pop(a) | sets.pop(b), joint[a, b]
+        if len(resting) > 1:
+            resting = [new, *resting[2:]]
+        levels[len(sets)] = _labels(sets)
+    return levels, losses
+
+
+def _labels(sets: dict[int, Tensor]) -> Tensor:
+    return torch.stack(list(sets.values())).long().argmax(0)
