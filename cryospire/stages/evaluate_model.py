@@ -20,7 +20,7 @@ from cryospire.training.model import Mixture
 NEAR = 2.0  # pixels within which a Gaussian belongs to the nearest atom
 LIGHT = 0.05  # Gaussians of less than this fraction of the median mass are not counted
 SAMPLE = 4096  # particles whose occupancies are looked at
-POINTS = 3000  # particles whose neighbours are looked at
+POINTS = 2000  # particles whose neighbours are looked at
 RADII = (0.01, 0.05, 0.2)  # neighbourhoods, in shares of these particles: CryoBench's range
 
 

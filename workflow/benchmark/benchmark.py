@@ -3,6 +3,7 @@
     python benchmark.py config DATASET.yaml --size '{"box": 64, ...}' --energy 655.36 --seed 0 --model M --run DIR
     python benchmark.py zfile EMBEDDING LABELS OUTPUT
     python benchmark.py score VOLUMES PARTICLES.zarr TRUTH NAME OUTPUT.json
+    python benchmark.py truth IgG-1D IgG-1D/truth
     python benchmark.py ceiling RUN/base.yaml PARTICLES.zarr TRUTH OUTPUT.json --states 5
     python benchmark.py table OUTPUT.csv RUN/VARIANT/evaluation.json ...
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -79,6 +81,21 @@ def score(folder: Path, particles: Path, truth: Path, name: str, output: Path) -
         raise InputError(f"{folder}: {len(files)} volumes for {len(known.volumes)} states")
     volumes = torch.stack([evaluate.on_grid(f, data) for f in files])
     output.write_text(json.dumps({"methods": {name: evaluate.score(volumes, known, data.pixel_size)}}, indent=1) + "\n")
+
+
+def cryobench_truth(folder: Path, output: Path) -> None:
+    """The truth of a data set as CryoBench distributes it (gt_latents.pkl, vols/128_org, init_mask) as a folder that `evaluate` reads."""
+    label = np.asarray(metadata_pkl.load(folder / "gt_latents.pkl"))
+    files = sorted((folder / "vols/128_org").glob("*.mrc"))
+    if label.ndim != 1 or label.dtype.kind not in "iu" or not len(label) or label.min() < 0 or int(label.max()) >= len(files):
+        raise InputError(f"{folder / 'gt_latents.pkl'}: expected one label for each image, below the number of volumes, {len(files)}")
+    output.mkdir(parents=True, exist_ok=True)
+    for k, file in enumerate(files):
+        shutil.copyfile(file, output / f"vol_{k:03d}.mrc")
+    mask = folder / "init_mask/mask.mrc"
+    if mask.exists():
+        shutil.copyfile(mask, output / "mask.mrc")
+    np.save(output / "labels.npy", label.astype(np.int32))
 
 
 def ceiling(config: Path, particles: Path, truth: Path, output: Path, states: int) -> None:
@@ -172,12 +189,14 @@ def main() -> None:
     c.add_argument("--changes", type=json.loads, default={})
     z = commands.add_parser("zfile")
     s = commands.add_parser("score")
+    g = commands.add_parser("truth")
     f = commands.add_parser("ceiling")
     f.add_argument("--states", type=int, default=5)
     t = commands.add_parser("table")
     for command, names in (
         (z, ("embedding", "labels", "output")),
         (s, ("volumes", "particles", "truth", "name", "output")),
+        (g, ("folder", "output")),
         (f, ("config", "particles", "truth", "output")),
     ):
         for name in names:
@@ -192,6 +211,8 @@ def main() -> None:
             zfile(a.embedding, a.labels, a.output)
         elif a.command == "score":
             score(a.volumes, a.particles, a.truth, a.name, a.output)
+        elif a.command == "truth":
+            cryobench_truth(a.folder, a.output)
         elif a.command == "ceiling":
             ceiling(a.config, a.particles, a.truth, a.output, a.states)
         else:
