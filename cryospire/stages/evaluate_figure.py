@@ -33,7 +33,9 @@ def draw(result: dict[str, Any], latents: dict[str, Tensor], label: Tensor, path
     axes[2].set(xlabel="true state", ylabel="area under FSC", title="every state")
     for axis, (name, z) in zip(axes[3:], latents.items(), strict=False):
         near = result["models"][name]["latents"]["neighbours"]
-        scatter(axis, z, label, f"{name}: {near['similarity'][0]:.0%} of the {near['k'][0]} nearest are right")
+        scatter(axis, z, label, name)
+        said = f"of the {near['k'][0]} nearest {near['similarity'][0]:.0%} are right (chance {near['chance'][0]:.0%})"
+        axis.text(0.02, 0.02, said, transform=axis.transAxes, fontsize=8)
     if occupancy:
         name, shown = occupancy[-1]
         centre = (np.arange(40) + 0.5) / 40
