@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+
+from cryospire.conventions import InputError
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "workflow/benchmark/benchmark.py"
@@ -56,15 +59,16 @@ def test_latents_nearest_to_their_state_mean(tmp_path: Path) -> None:
 
 
 def test_truth_as_cryobench_distributes_it(tmp_path: Path) -> None:
+    truth = runpy.run_path(str(PROGRAM))["cryobench_truth"]
     (tmp_path / "vols/128_org").mkdir(parents=True)
     for k in range(3):
         (tmp_path / f"vols/128_org/{k:03d}.mrc").write_bytes(bytes([k]))
     (tmp_path / "gt_latents.pkl").write_bytes(pickle.dumps(np.array([2, 0, 1, 1])))
-    assert call("truth", tmp_path, tmp_path / "truth").returncode == 0
+    truth(tmp_path, tmp_path / "truth")
     assert np.load(tmp_path / "truth/labels.npy").tolist() == [2, 0, 1, 1] and (tmp_path / "truth/vol_002.mrc").read_bytes() == b"\x02"
     (tmp_path / "gt_latents.pkl").write_bytes(pickle.dumps(np.array([2, 0, 3, 1])))
-    done = call("truth", tmp_path, tmp_path / "truth")
-    assert done.returncode == 2 and "below the number of volumes, 3" in done.stderr
+    with pytest.raises(InputError, match="below the number of volumes, 3"):
+        truth(tmp_path, tmp_path / "truth")
 
 
 def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:

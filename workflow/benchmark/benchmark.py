@@ -21,14 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from cryospire import config as configuration
 from cryospire.conventions import InputError
 from cryospire.io import metadata_pkl, stores
-from cryospire.stages import evaluate, evaluate_ceiling
-from cryospire.training.data import Particles
 
 COLUMNS = ("auc", "unmasked", "difference")
 NAMES = [
@@ -73,6 +70,11 @@ def zfile(embedding: Path, labels: Path, output: Path) -> None:
 
 def score(folder: Path, particles: Path, truth: Path, name: str, output: Path) -> None:
     """The rows of evaluation.json for volumes of another program, one for each state in the order of their names."""
+    import torch
+
+    from cryospire.stages import evaluate
+    from cryospire.training.data import Particles
+
     group = stores.open_store(particles, "particles")
     data = Particles(group)
     known = evaluate.load_truth(truth, data, stores.read(group, "source/row"))
@@ -100,6 +102,11 @@ def cryobench_truth(folder: Path, output: Path) -> None:
 
 def ceiling(config: Path, particles: Path, truth: Path, output: Path, states: int) -> None:
     """The row of the mixture fitted to the noise-free truth, with as many Gaussians as stage 2 has, for some states evenly apart."""
+    import torch
+
+    from cryospire.stages import evaluate, evaluate_ceiling
+    from cryospire.training.data import Particles
+
     settings = configuration.load(config)
     group = stores.open_store(particles, "particles")
     data = Particles(group)
