@@ -48,6 +48,18 @@ def exp_so3(v: Tensor) -> Tensor:
     return torch.eye(3, dtype=v.dtype, device=v.device) + a * k + b * (k @ k)
 
 
+def frames(v: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) from six numbers (..., 6): two columns, orthonormalised; 0 gives the identity (Zhou et al., CVPR 2019).
+
+    Unlike angle times axis, continuous all the way round: what turns through a full circle has no seam to jump over.
+    """
+    one = torch.eye(3, dtype=v.dtype, device=v.device)
+    x = torch.nn.functional.normalize(one[0] + v[..., :3], dim=-1)
+    y = one[1] + v[..., 3:]
+    y = torch.nn.functional.normalize(y - (x * y).sum(-1, keepdim=True) * x, dim=-1)
+    return torch.stack([x, y, torch.linalg.cross(x, y)], -1)
+
+
 def rotvec_to_matrix(v: Tensor) -> Tensor:
     """Rotations (..., 3, 3) of rotation vectors (..., 3), radians.  cryoSPARC's pose is the transpose of this."""
     return exp_so3(v)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 WIDTHS = (4.0, 2.0)  # pixels; sigma of the blobs, from the search to the answer
+FINE = (4.0, 2.0, 1.0)  # and where a turn must be told from its mirror image
 STEPS = 6  # of the search at each width
-SWEEPS = 3  # over which a shape learns from its neighbours' motion
+SWEEPS = 4  # over which a shape learns from its neighbours' motion
 HEAVIEST = 64  # Gaussians of a set whose motion is searched
 STILL = 0.03  # misfit, of the set's own energy, below which no motion is searched
 RESTS = 0.002  # misfit, of all there is to explain, below which a set rests
@@ -22,17 +24,18 @@ WORTH = 0.02  # and by which a motion must lower it
 
 @dataclass(frozen=True)
 class Shapes:
-    """K shapes of a molecule of G Gaussians: ``centre`` (K, G, 3) pixels, ``mass`` (K, G), ``share`` (K,) of the particles, and
-    ``near`` (K, K): the shapes in the order of their distance from each."""
+    """K shapes of a molecule of G Gaussians: ``centre`` (K, G, 3) pixels, ``mass`` (K, G), ``share`` (K,) of the particles, ``latent``
+    (K, D), and ``near`` (K, K): the shapes in the order of their distance from each."""
 
     centre: Tensor
     mass: Tensor
     share: Tensor
+    latent: Tensor
     near: Tensor
 
     @staticmethod
     def of(centre: Tensor, mass: Tensor, share: Tensor, latent: Tensor) -> Shapes:
-        return Shapes(centre, mass, share / share.sum(), torch.cdist(latent, latent).argsort(1))
+        return Shapes(centre, mass, share / share.sum(), latent, torch.cdist(latent, latent).argsort(1))
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,15 @@ def overlap(x: Tensor, w: Tensor, y: Tensor, v: Tensor, sigma: float = WIDTHS[-1
     return torch.einsum("...n,...nm,...m->...", w, kernel(x, y, sigma), v)
 
 
-def register(x: Tensor, w: Tensor, y: Tensor, v: Tensor, rotation: Tensor, translation: Tensor) -> tuple[Tensor, Tensor]:
+def register(
+    x: Tensor, w: Tensor, y: Tensor, v: Tensor, rotation: Tensor, translation: Tensor, widths: tuple[float, ...] = WIDTHS
+) -> tuple[Tensor, Tensor]:
     """Motions (B, 3, 3), (B, 3) of density y (B, m, 3), v (B, m) that raise its overlap with x (B, n, 3), w (B, n).
 
     Each step is the weighted least-squares motion (Kabsch) between all pairs of blobs, weighted by their overlap: the overlap
     never falls, because ``exp(-d)`` lies above its tangent.
     """
-    for sigma in WIDTHS:
+    for sigma in widths:
         for _ in range(STEPS):
             moved = y @ rotation.transpose(1, 2) + translation[:, None]
             pair = w[:, :, None] * kernel(x, moved, sigma) * v[:, None]
@@ -82,25 +87,32 @@ def register(x: Tensor, w: Tensor, y: Tensor, v: Tensor, rotation: Tensor, trans
     return rotation, translation
 
 
-def fit(shapes: Shapes, members: Tensor) -> Body:
-    """How the set ``members`` (G,; boolean) moves, as one body that may be absent, from the shape where it is most."""
+def fit(shapes: Shapes, members: Tensor, thorough: bool = False) -> Body:
+    """How the set ``members`` (G,; boolean) moves, as one body that may be absent, from the shape where it is most.
+
+    ``thorough``: from every turn of a cube, down to blobs of a pixel: for turns too large to be found from rest.
+    """
+    widths, worth = (FINE, 0.0) if thorough else (WIDTHS, WORTH)
     x, w = shapes.centre[:, members], shapes.mass[:, members]
-    energy = overlap(x, w, x, w)
+    energy = overlap(x, w, x, w, widths[-1])
     reference = int(energy.argmax())
     y, v = x[reference], w[reference]
     rotation, translation = torch.eye(3).repeat(len(x), 1, 1), torch.zeros(len(x), 3)
-    misfit = energy + energy[reference] - 2 * overlap(x, w, y, v)
+    misfit = energy + energy[reference] - 2 * overlap(x, w, y, v, widths[-1])
     k = torch.nonzero(torch.minimum(misfit, energy) > STILL * energy[reference])[:, 0]
     heavy, chosen = w.topk(min(HEAVIEST, w.shape[1]), 1)
     few = x.gather(1, chosen[:, :, None].expand(-1, -1, 3))
     middle = (w[:, :, None] * x).sum(1) / w.sum(1).clamp(min=1e-20)[:, None]
-    starts = [(rotation, middle - middle[reference])]
+    turns = torch.from_numpy(Rotation.create_group("O").as_matrix()).float() if thorough else torch.eye(3)[None]
+    starts = [(r.expand(len(x), 3, 3), middle - r @ middle[reference]) for r in turns]
     for _ in range(SWEEPS if len(k) else 0):
         for r, t in starts:
-            r, t = register(few[k], heavy[k], few[reference].expand(len(k), -1, -1), heavy[reference].expand(len(k), -1), r[k], t[k])
+            r, t = register(
+                few[k], heavy[k], few[reference].expand(len(k), -1, -1), heavy[reference].expand(len(k), -1), r[k], t[k], widths
+            )
             moved = y @ r.transpose(1, 2) + t[:, None]
-            new = energy[k] + energy[reference] - 2 * overlap(x[k], w[k], moved, v)
-            better = new < misfit[k] - WORTH * energy[reference]
+            new = energy[k] + energy[reference] - 2 * overlap(x[k], w[k], moved, v, widths[-1])
+            better = new < misfit[k] - worth * energy[reference]
             at = k[better]
             rotation[at], translation[at], misfit[at] = r[better], t[better], new[better]
         starts = [(rotation[shapes.near[:, j]], translation[shapes.near[:, j]]) for j in (1, 2)]

@@ -17,6 +17,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from cryospire import config as configuration
 from cryospire.config import Config
@@ -31,6 +32,7 @@ Array = NDArray[Any]
 
 FRAGMENTS = 12  # into which features are clustered before they are joined
 SHAPES = 16  # of the molecule, at which fragments are compared
+POSES = 64  # and along which parts are followed
 # Of all that changes, above which fragments are not joined: simulated sets lost 0.18 or more below the true number, at most 0.12 above it.
 LOSS = 0.15
 NEAR = 0.04  # fraction of the Gaussians over which a feature is averaged
@@ -56,10 +58,18 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
     feature = near_mean(feature, position, mass)
     with threadpool_limits(1):  # a thousand points: starting threads would take longer than the work
         fragment = cluster(feature, mass, min(max(FRAGMENTS, settings.parts), len(feature)), int(rng.integers(2**31)))
-        levels, losses = rigid.merge(shapes(model, latents, int(rng.integers(2**31))), torch.from_numpy(fragment))
+        levels, losses = rigid.merge(shapes(model, latents, SHAPES, int(rng.integers(2**31))), torch.from_numpy(fragment))
         chosen = min(settings.parts or suggest(losses, settings.max_parts), max(levels))
         labels = rng.integers(chosen, size=len(mass)) if settings.random else levels[chosen].numpy()
         labels = by_mass(labels, mass)
+        path = shapes(model, latents, POSES, int(rng.integers(2**31)))
+        bodies = [rigid.fit(path, torch.from_numpy(labels == k), thorough=True) for k in range(chosen)]
+        # Each part as it is where it is most: the body that its motion then carries.
+        where = np.array([body.reference for body in bodies])
+        centre, amplitude, scale = (t.numpy() for t in model.forward_gaussians(path.latent[where]))
+        rows = np.arange(len(labels))
+        position, amplitude = centre[labels, rows], amplitude[labels, rows]
+        mass = np.abs(amplitude) * scale**3
         anchor, anchor_of = divide(labels, position, mass, max(settings.anchors, chosen), int(rng.integers(2**31)))
 
     out = stores.create(
@@ -77,8 +87,21 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
     put(out, "part", labels, ("gaussian",), "part of each coarse Gaussian, largest first")
     put(out, "anchor", anchor_of, ("gaussian",), "anchor of each coarse Gaussian")
     put(out, "feature", feature, ("gaussian", "feature"), "learned feature, averaged over neighbours in space")
-    put(out, "position", position.astype(np.float32), ("gaussian", "xyz"), "centre at the reference latent", "Å")
-    put(out, "reference", reference[0].numpy(), ("latent",), "latent of the particle nearest to the median")
+    put(out, "position", position.astype(np.float32), ("gaussian", "xyz"), "centre at the reference shape of its part", "Å")
+    put(out, "amplitude", amplitude.astype(np.float32), ("gaussian",), "peak density at the reference shape of its part", "image unit / Å")
+    put(out, "motion/latent", path.latent.numpy(), ("shape", "latent"), "latents of shapes along which parts were followed")
+    put(out, "motion/share", path.share.numpy(), ("shape",), "share of the particles")
+    for name, dims, words, unit in (
+        ("rotation", ("part", "shape", "row", "column"), "rotation about the origin from the reference shape of the part", ""),
+        ("translation", ("part", "shape", "xyz"), "translation after it", "Å"),
+        ("present", ("part", "shape"), "whether the part is there", ""),
+    ):
+        of_parts = np.stack([getattr(body, name).numpy() for body in bodies])
+        put(out, f"motion/{name}", of_parts * model.pixel_size if unit else of_parts, dims, words, unit)
+    middle = [torch.from_numpy(np.average(position[labels == k], 0, mass[labels == k])).float() for k in range(chosen)]
+    angle, offset = zip(*(travel(b, m, model.pixel_size) for b, m in zip(bodies, middle, strict=True)), strict=True)
+    put(out, "motion/angle", np.stack(angle), ("part", "shape"), "by how much the part is turned from its reference shape", "degrees")
+    put(out, "motion/offset", np.stack(offset), ("part", "shape"), "how far its centre of mass is from where it is then", "Å")
     put(out, "anchors/position", position[anchor].astype(np.float32), ("anchor", "xyz"), "position of the anchor", "Å")
     put(out, "anchors/feature", feature[anchor], ("anchor", "feature"), "feature of the anchor")
     put(out, "anchors/part", labels[anchor], ("anchor",), "part of the anchor")
@@ -86,10 +109,14 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
     put(out, "evidence/parts", counts, ("division",), "number of parts")
     loss = np.array([losses[k] for k in counts.tolist()])
     put(out, "evidence/loss", loss, ("division",), "what one part fewer would lose, of all that changes")
-    write_masks(output.with_name(f"{output.stem}_masks"), model, labels, position)
+    write_masks(output.with_name(f"{output.stem}_masks"), model, labels, position, amplitude)
     stores.finish(out)
     shares = ", ".join(f"{100 * mass[labels == k].sum() / mass.sum():.0f} %" for k in range(chosen))
     say(f"parts: {chosen} parts ({shares} of the mass), {len(anchor)} anchors")
+    for k, body in enumerate(bodies):
+        there = body.present.numpy()
+        turn, way, often = angle[k][there].max(), offset[k][there].max(), path.share.numpy()[there].sum()
+        say(f"parts: part {k + 1} turns by up to {turn:.0f}°, its centre moves by up to {way:.0f} Å, there in {often:.0%} of particles")
     say("parts: one part fewer would lose, of all that changes, " + _row(losses, chosen, settings.max_parts))
 
 
@@ -115,13 +142,20 @@ def cluster(points: Array, weight: Array, count: int, seed: int) -> Array:
     return labels.astype(np.int32)
 
 
-def shapes(model: Mixture, latents: Array, seed: int) -> rigid.Shapes:
+def shapes(model: Mixture, latents: Array, count: int, seed: int) -> rigid.Shapes:
     """The molecule at the centres of k-means of the latents."""
-    found = KMeans(min(SHAPES, len(latents)), n_init=2, random_state=seed).fit(latents)
+    found = KMeans(min(count, len(latents)), n_init=2, random_state=seed).fit(latents)
     z = torch.from_numpy(found.cluster_centers_).float()
     centre, amplitude, scale = model.forward_gaussians(z)
     share = torch.from_numpy(np.bincount(found.labels_)).float()
     return rigid.Shapes.of(centre / model.pixel_size, amplitude.abs() * (scale / model.pixel_size) ** 3, share, z)
+
+
+def travel(body: rigid.Body, middle: Tensor, pixel_size: float) -> tuple[Array, Array]:
+    """Angles (K,) degrees by which a body is turned, and ways (K,) Å that its centre ``middle`` (3,) Å goes, from its reference shape."""
+    cosine = (body.rotation.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
+    angle = torch.rad2deg(cosine.clamp(-1, 1).arccos())
+    return angle.numpy(), (body.rotation @ middle + body.translation * pixel_size - middle).norm(dim=1).numpy()
 
 
 def suggest(losses: dict[int, float], most: int) -> int:
@@ -156,18 +190,17 @@ def divide(labels: Array, position: Array, mass: Array, anchors: int, seed: int)
     return np.array(nearest), anchor_of
 
 
-def write_masks(folder: Path, model: Mixture, labels: Array, position: Array) -> None:
+def write_masks(folder: Path, model: Mixture, labels: Array, position: Array, amplitude: Array) -> None:
     """``part_1.mrc`` ...: 1 where the part's own density is, with a cosine edge of four pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("part_*.mrc"):
         old.unlink()
-    centre, scale = torch.from_numpy(position), model.scale
-    amplitude = (model.relative_amplitude * model.amplitude_unit).abs()
-    whole = render_volume(centre, amplitude, scale, model.box, model.pixel_size)
+    centre, scale, peak = torch.from_numpy(position), model.scale, torch.from_numpy(np.abs(amplitude))
+    whole = render_volume(centre, peak, scale, model.box, model.pixel_size)
     level = 0.05 * float(torch.quantile(whole[whole > 0.01 * whole.max()], 0.99))
     for k in range(int(labels.max()) + 1):
         mine = torch.from_numpy(labels == k)
-        part = render_volume(centre[mine], amplitude[mine], scale[mine], model.box, model.pixel_size).numpy()
+        part = render_volume(centre[mine], peak[mine], scale[mine], model.box, model.pixel_size).numpy()
         distance = ndimage.distance_transform_edt(part < level)
         mask = 0.5 + 0.5 * np.cos(np.pi * np.clip(distance / 4, 0, 1))
         mrc.write_volume(folder / f"part_{k + 1}.mrc", mask.astype(np.float32), model.pixel_size)

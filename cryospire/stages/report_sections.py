@@ -40,9 +40,21 @@ def parts(results: Results) -> str:
         "when a part is there as one rigid body or is absent.",
     )
     anchors = np.bincount(array(group, "anchors/part"), minlength=count)
-    rows = [(f"part {k + 1}", int((part == k).sum()), int(anchors[k])) for k in range(count)]
+    angle, offset, share = (array(group, f"motion/{name}") for name in ("angle", "offset", "share"))
+    there = array(group, "motion/present").astype(bool)
+    rows = [
+        (
+            f"part {k + 1}",
+            int((part == k).sum()),
+            int(anchors[k]),
+            f"{angle[k, there[k]].max():.0f}°",
+            f"{offset[k, there[k]].max():.0f} Å",
+            f"{share[there[k]].sum():.0%}",
+        )
+        for k in range(count)
+    ]
     return (
-        page.row(cloud, proof + page.table(rows, ("", "coarse Gaussians", "anchors")))
+        page.row(cloud, proof + page.table(rows, ("", "coarse Gaussians", "anchors", "turns up to", "centre moves up to", "present")))
         + page.heading("Where the parts are")
         + page.image(coloured(results, group, part, count), "Projections of the parts, each in its colour.")
     )
@@ -55,7 +67,7 @@ def coloured(results: Results, group: Any, part: Array, count: int) -> Any:
     pixel, box = float(group.attrs["pixel_size"]), int(group.attrs["box"])
     try:
         found = results.store("discovery")
-        mass = np.abs(array(found, "gaussians/amplitude")) * array(found, "gaussians/scale") ** 3
+        mass = np.abs(array(group, "amplitude")) * array(found, "gaussians/scale") ** 3
     except Missing:
         mass = np.ones(len(part))
     edges = [(np.arange(box + 1) - box // 2 - 0.5) * pixel] * 3

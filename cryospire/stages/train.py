@@ -19,7 +19,8 @@ from cryospire.training.distributed import seed_everything, team
 from cryospire.training.loop import fit, start_threads
 from cryospire.training.model import Mixture, load
 
-WARM_STEPS = 300  # of fitting the heads to what stage 1 knows, without images
+WARM_STEPS = 600  # of fitting anchors to the motion of parts, without images
+PRESENT = 0.95  # occupancy of what is there
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 
 
@@ -40,7 +41,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
         say(f"train: {len(data):,} particles, box {data.box}, {settings.gaussians:,} Gaussians, head {settings.head}, {ranks.size} rank(s)")
         model, parent = inherit(config, coarse, division, data.box, data.pixel_size)
         if not (checkpoints / "last.ckpt").exists():
-            warm_start(model, coarse, parent, z, torch.from_numpy(stores.read(division, "reference")))
+            warm_start(model, division, parent, z)
         metrics = output.parent / "logs" / "train.metrics.jsonl"
         latents, history = fit("train", model, z, data, settings, config.seed, ranks, checkpoints, metrics, force)
         if latents is not None:
@@ -60,13 +61,13 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
 
 
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:
-    """The fine mixture at the reference shape, and the coarse parent (G,) of each of its Gaussians.
+    """The fine mixture, every part as it is at its reference shape, and the coarse parent (G,) of each of its Gaussians.
 
     A coarse Gaussian is replaced by children in proportion to its mass, spread so that their sum keeps its width.
     """
     settings = config.train
     rng = np.random.default_rng((config.seed, 5))
-    amplitude, scale = (coarse.relative_amplitude * coarse.amplitude_unit).numpy(), coarse.scale.numpy()
+    amplitude, scale = stores.read(division, "amplitude") / PRESENT, coarse.scale.numpy()
     mass = np.clip(amplitude, 0, None) * scale**3
     anchor_of = stores.read(division, "anchor")
     cumulated = np.cumsum(mass)
@@ -87,21 +88,28 @@ def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size
     return model, torch.from_numpy(parent)
 
 
-def warm_start(model: Mixture, coarse: Mixture, parent: Tensor, z: Tensor, reference: Tensor) -> None:
-    """Fit the heads to the motions and occupancies that stage 1 has found, at random latents of the data; no image is read."""
-    heads = [p for name, p in model.named_parameters() if name.split(".")[0] in ("flex", "occupancy", "anchor_motion")]
+def warm_start(model: Mixture, division: Any, parent: Tensor, z: Tensor) -> None:
+    """Fit anchors and occupancies to the motion of parts that part clustering has followed, at latents of the data; no image is read."""
+    known = {k: torch.from_numpy(stores.read(division, f"motion/{k}")) for k in ("latent", "rotation", "translation", "present")}
+    part = torch.from_numpy(stores.read(division, "part")).long()[parent]
+    moving = "flex" if model.anchor_motion is None else "anchor_motion"
+    heads = [p for name, p in model.named_parameters() if name.split(".")[0] in (moving, "occupancy")]
     adam = torch.optim.Adam(heads, lr=2e-3)
     generator = torch.Generator().manual_seed(6)
-    home = coarse.gaussians(reference[None])[0]
+    home = model.centre.detach()
     for step in range(WARM_STEPS):
-        zb = z[torch.randint(len(z), (16,), generator=generator)]
-        with torch.no_grad():
-            moved = (coarse.gaussians(zb)[0] - home)[:, :, parent] * (coarse.pixel_size / model.pixel_size)
-            present = coarse.occupancies(zb, coarse.features)[:, parent]
-        centre, occupancy = model.gaussians(zb)[0], model.occupancies(zb, model.features)
-        error = (centre - model.centre.detach() - moved).square().sum(1).mean() + 10 * (occupancy - present).square().mean()
+        zb = z[torch.randint(len(z), (32,), generator=generator)]
+        at = torch.cdist(zb, known["latent"]).argmin(1)
+        target = torch.empty(len(zb), *home.shape)
+        for k in range(len(known["rotation"])):
+            mine = part == k
+            target[:, :, mine] = known["rotation"][k, at] @ home[:, mine] + known["translation"][k, at, :, None] / model.pixel_size
+        present = known["present"][:, at].T[:, part].float() * (2 * PRESENT - 1) + (1 - PRESENT)
+        centre = model.rigid(zb) if model.anchor_motion is not None else model.gaussians(zb)[0]
+        error = ((centre - target).square().sum(1) * present).mean()
+        loss = error + 10 * (model.occupancies(zb, model.features) - present).square().mean()
         adam.param_groups[0]["lr"] = 2e-3 * (1 - step / WARM_STEPS)
         adam.zero_grad()
-        error.backward()
+        loss.backward()
         adam.step()
-    say(f"train: heads start from stage 1, {float(error.detach()) ** 0.5:.2f} px from its motions")
+    say(f"train: {moving} starts from part clustering, {float(error.detach()) ** 0.5:.2f} px from the motion of parts")

@@ -16,7 +16,7 @@ from cryospire.config import Train, Training
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.maths.losses import residual_energy
-from cryospire.maths.poses import exp_so3
+from cryospire.maths.poses import frames
 from cryospire.maths.projection import peak_weight
 from cryospire.training.heads import head, mlp
 
@@ -70,7 +70,7 @@ class Mixture(nn.Module):
         self.register_buffer("anchor_centre", torch.zeros(3, len(self.anchor_sizes)))  # pixels
         self.register_buffer("anchor_feature", torch.zeros(len(self.anchor_sizes), features))
         if isinstance(config, Train) and config.anchor_motion:
-            self.anchor_motion = mlp(latent + features, config.hidden, config.layers, 6)
+            self.anchor_motion = mlp(latent + features, config.hidden, config.layers, 9)
 
     @property
     def anchor(self) -> Tensor:
@@ -98,7 +98,7 @@ class Mixture(nn.Module):
         assert self.anchor_motion is not None
         pairs = torch.cat([z[:, None].expand(-1, len(self.anchor_sizes), -1), self.anchor_feature[None].expand(len(z), -1, -1)], -1)
         motion = self.anchor_motion(pairs)
-        return exp_so3(motion[..., :3]), motion[..., 3:] * (self.unit / self.pixel_size)
+        return frames(motion[..., :6]), motion[..., 6:] * (self.unit / self.pixel_size)
 
     def rigid(self, z: Tensor) -> Tensor:
         """Centres (B, 3, G) in pixels after the anchors' motion, before the local flex."""

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-from cryospire.maths.poses import euler_to_matrix, exp_so3, matrix_to_euler, random_rotations, rotvec_to_matrix
+from cryospire.maths.poses import euler_to_matrix, exp_so3, frames, matrix_to_euler, random_rotations, rotvec_to_matrix
 
 
 def angles(n: int) -> torch.Tensor:
@@ -51,3 +51,14 @@ def test_random_rotations_are_rotations_spread_evenly():
     assert r.mean(0).abs().max() < 4 / np.sqrt(3 * 4000)
     w = torch.arccos(((r.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1))
     assert abs(w.mean() - (np.pi / 2 + 2 / np.pi)) < 0.04
+
+
+def test_frames_are_rotations_reach_every_one_and_start_at_the_identity():
+    v = torch.randn(200, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    r = frames(v)
+    assert torch.allclose(r @ r.transpose(1, 2), torch.eye(3, dtype=r.dtype).expand(200, 3, 3), atol=1e-9)
+    assert torch.allclose(torch.det(r), torch.ones(200, dtype=r.dtype)) and torch.equal(frames(torch.zeros(6)), torch.eye(3))
+    wanted = random_rotations(50, torch.Generator().manual_seed(1))
+    columns = wanted[:, :, :2].transpose(1, 2).flatten(1) - torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=wanted.dtype)
+    assert torch.allclose(frames(columns), wanted, atol=1e-9)
+    assert torch.autograd.gradcheck(frames, v[:3].requires_grad_())

@@ -62,6 +62,14 @@ def test_fit_follows_a_swing_and_sees_absence() -> None:
     assert bool(arm.present.all()) and cap.present.tolist() == [k % 3 > 0 for k in range(12)]
 
 
+def test_a_turn_through_the_full_circle_is_followed_thoroughly() -> None:
+    body = cloud(60, 7) + torch.tensor([14.0, 0, 0])
+    circle = turns(12, 30.0)
+    shapes = rigid.Shapes.of(body @ circle.transpose(1, 2), torch.ones(12, 60), torch.ones(12), torch.arange(12.0)[:, None])
+    found = rigid.fit(shapes, torch.ones(60, dtype=torch.bool), thorough=True)
+    assert all(angle_between(found.rotation[k], circle[k] @ circle[found.reference].T) < 5 for k in range(12))
+
+
 def test_fragments_are_joined_to_the_planted_parts() -> None:
     """Every part in three pieces; the losses tell that there are three parts, and they are the true ones."""
     shapes, truth = moving_shapes()

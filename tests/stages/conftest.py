@@ -105,6 +105,11 @@ def write_parts(path: Path) -> Path:
     stores.put(group, "part", part, ("gaussian",), "part of each coarse Gaussian")
     stores.put(group, "feature", part[:, None] * 2.0 + rng.normal(0, 0.3, (len(part), 4)), ("gaussian", "feature"), "learned feature")
     stores.put(group, "position", centre, ("gaussian", "xyz"), "centre", "Å")
+    stores.put(group, "amplitude", np.ones(len(part)), ("gaussian",), "peak density")
+    stores.put(group, "motion/angle", np.array([[0.0, 0.0], [0.0, 40.0]]), ("part", "shape"), "turn", "degrees")
+    stores.put(group, "motion/offset", np.array([[0.0, 0.0], [0.0, 12.0]]), ("part", "shape"), "way of its centre", "Å")
+    stores.put(group, "motion/present", np.array([[True, True], [True, False]]), ("part", "shape"), "there")
+    stores.put(group, "motion/share", np.array([0.75, 0.25]), ("shape",), "share of the particles")
     stores.put(group, "anchors/part", np.arange(2), ("anchor",), "part of the anchor")
     for name, values in {"parts": [2, 3, 4], "loss": [0.7, 0.05, 0.01]}.items():
         stores.put(group, f"evidence/{name}", values, ("division",), name)

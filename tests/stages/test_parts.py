@@ -128,13 +128,33 @@ def test_children_keep_the_density_of_their_parents(discovery, tmp_path) -> None
     fine, parent = train.inherit(config, coarse, found, BOX, PIXEL)
     anchor = stores.read(found, "anchor")
     assert np.array_equal(fine.anchor.numpy(), anchor[parent.numpy()]), "a child moves with its parent's anchor"
-    position = torch.from_numpy(stores.read(found, "position"))
-    volumes = []
-    for mixture, centre in ((coarse, position), (fine, fine.centre.detach().T * PIXEL)):
-        amplitude = (mixture.relative_amplitude * mixture.amplitude_unit).detach()
-        volumes.append(render_volume(centre, amplitude, mixture.scale.detach(), BOX, PIXEL))
+    canonical = [torch.from_numpy(stores.read(found, name)) for name in ("position", "amplitude")]
+    amplitude = train.PRESENT * (fine.relative_amplitude * fine.amplitude_unit).detach()
+    volumes = [
+        render_volume(*canonical, coarse.scale, BOX, PIXEL),
+        render_volume(fine.centre.detach().T * PIXEL, amplitude, fine.scale.detach(), BOX, PIXEL),
+    ]
     assert float(volumes[1].sum() / volumes[0].sum()) == pytest.approx(1, abs=0.02)
     assert bool((fsc(volumes[1], volumes[0])[:7] > 0.95).all())
+
+
+def test_anchors_start_from_the_motion_of_their_part(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Planted: part 1 swings by 35 degrees a unit of the first latent; its anchors do so before any image is read, the others rest."""
+    found = division(discovery, tmp_path, parts=3)
+    z = torch.from_numpy(stores.read(stores.open_store(discovery[0], "discovery"), "latents"))
+    coarse = mixtures.load(discovery[0])
+    fine, parent = train.inherit(Config(train=Train(gaussians=2 * G, hidden=32)), coarse, found, BOX, PIXEL)
+    train.warm_start(fine, found, parent, z)
+    ends = torch.tensor([[-1.0, 0.8], [1.0, 0.8]])
+    true = torch.from_numpy(discovery[1])
+    wanted = true_shape(coarse.centre.detach().T[parent] * PIXEL, true[parent], ends)[0]
+    with torch.no_grad():
+        moved = fine.rigid(ends).transpose(1, 2) * PIXEL
+    for k in range(3):
+        mine = true[parent] == k
+        way, expected = ((c[1, mine] - c[0, mine]).mean(0) for c in (moved, wanted))
+        assert float((way - expected).norm()) < 4, "a pixel"
+    assert stores.read(found, "motion/offset").max() > 15
 
 
 def test_anchors_move_rigidly(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
