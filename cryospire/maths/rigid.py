@@ -61,8 +61,11 @@ def kernel(x: Tensor, y: Tensor, sigma: float) -> Tensor:
 
 
 def overlap(x: Tensor, w: Tensor, y: Tensor, v: Tensor, sigma: float = WIDTHS[-1]) -> Tensor:
-    """Inner products (...) of densities of blobs at x (..., n, 3), mass w (..., n), and at y (..., m, 3), mass v (..., m)."""
-    return torch.einsum("...n,...nm,...m->...", w, kernel(x, y, sigma), v)
+    """Inner products (B,) of densities of blobs at x (B, n, 3), mass w (B, n), and at y (B, m, 3), mass v (B, m); B may be left out."""
+    if x.dim() == 2:
+        return w @ kernel(x, y, sigma) @ v
+    y, v = y.expand(len(x), *y.shape[-2:]), v.expand(len(x), v.shape[-1])
+    return torch.stack([overlap(*one, sigma) for one in zip(x, w, y, v, strict=True)])  # one at a time: all would be gigabytes
 
 
 def register(

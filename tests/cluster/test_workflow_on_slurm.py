@@ -22,7 +22,7 @@ CONFIG = {
     "simulate": {"states": 2, "particles": 200, "box": 32, "pixel_size": 9.0, "snr": 0.5},
     "preprocess": {"shard_mib": 1},
     "discover": {"gaussians": 64, "epochs": 1, "batch": 16},
-    "parts": {"max_parts": 3, "seeds": 2},
+    "parts": {"max_parts": 3},
     "train": {"gaussians": 128, "epochs": 2, "batch": 16, "hidden": 16, "layers": 1, "rank": 8},
     "analyse": {"states": 2, "steps": 2, "trajectories": 1, "umap": False},
 }
@@ -134,7 +134,7 @@ def test_every_stage_is_cancelled_once(slurm: Slurm, run: Path, tmp_path: Path) 
 def test_parts_alone_again(slurm: Slurm, run: Path) -> None:
     """One parameter changed: that stage and what follows from it, nothing before it."""
     before = {name: (run / f"results/{name}.zarr/zarr.json").stat().st_mtime_ns for name in ("discovery", "parts", "model")}
-    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"parts": {"parts": 2, "seeds": 2}}))
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"parts": {"parts": 2}}))
     slurm.sh(f"{SNAKEMAKE} --profile cluster/slurm -- results/parts.zarr/zarr.json", cwd=run, timeout=120)
     after = {name: (run / f"results/{name}.zarr/zarr.json").stat().st_mtime_ns for name in before}
     assert after["parts"] > before["parts"]
