@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,15 @@ from cryospire.training.model import Mixture, load
 BATCH = 512  # images inserted at a time
 MEMORY = 1 << 31  # bytes of accumulators held at once
 IMAGES = 100  # whose own volumes are judged, as CryoBench does
+
+
+class Grid(Protocol):
+    """What volumes are put on: ``box`` voxels of ``pixel_size`` Å; particles have both."""
+
+    @property
+    def box(self) -> int: ...
+    @property
+    def pixel_size(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def run(config: Config, *, model: Path, consensus: Path, particles: Path, truth:
     output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def load_truth(folder: Path, data: Particles, row: NDArray[np.int64]) -> Truth:
+def load_truth(folder: Path, data: Grid, row: NDArray[np.int64]) -> Truth:
     """Raises InputError where labels, volumes and particles do not fit together."""
     files = sorted(folder.glob("vol_*.mrc"))
     if not files or not (folder / "labels.npy").exists():
@@ -101,7 +110,7 @@ def load_truth(folder: Path, data: Particles, row: NDArray[np.int64]) -> Truth:
     return Truth(volumes, mask, label, Segmentation.load(path, used.numpy()) if path.exists() else None)
 
 
-def on_grid(path: Path, data: Particles) -> Tensor:
+def on_grid(path: Path, data: Grid) -> Tensor:
     """A volume Fourier-cropped to the particles' box."""
     values, pixel_size = mrc.read_volume(path)
     extent, expected = len(values) * pixel_size, data.box * data.pixel_size

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from scipy import ndimage
 
 from cryospire.conventions import InputError
+from cryospire.io import mrc
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "workflow/benchmark/benchmark.py"
@@ -22,14 +24,36 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(PROGRAM), *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-def test_whole_benchmark_plans_a_run_of_everything() -> None:
-    options = ["--config", "sizes=[small,medium,full]", "peers=[cryodrgn,recovar]", "variants=[base,no-anchor-motion,random-parts]"]
-    command = [sys.executable, "-m", "snakemake", "-s", "workflow/benchmark/Snakefile", "--cores", "1", "--dry-run", *options]
+def plan(*arguments: str) -> str:
+    """What a dry run of the benchmark prints."""
+    command = [sys.executable, "-m", "snakemake", "-s", "workflow/benchmark/Snakefile", "--cores", "1", "--dry-run", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit())
+    return done.stdout
+
+
+def counts(printed: str) -> dict[str, str]:
+    return dict(line.split() for line in printed.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit())
+
+
+def test_whole_benchmark_plans_a_run_of_everything() -> None:
+    variants = "variants=[base,no-anchor-motion,random-parts]"
+    jobs = counts(plan("--config", "sizes=[small,medium,full]", "peers=[cryodrgn,recovar]", variants))
     # 5 data sets, 3 sizes, 2 levels, 3 seeds.
-    assert counts["simulate"] == counts["cryodrgn"] == counts["recovar"] == counts["ceiling"] == "90" and counts["run"] == "270"
+    assert jobs["simulate"] == jobs["cryodrgn"] == jobs["recovar"] == jobs["ceiling"] == "90" and jobs["run"] == "270"
+    assert jobs["environment"] == "2"
+
+
+def test_peers_need_only_the_images_and_use_the_environments_they_are_given(tmp_path: Path) -> None:
+    run = tmp_path / "phantom-small-hard-seed0"
+    printed = plan("--printshellcmds", "--config", f"output={tmp_path}", "environments={cryodrgn: /opt/one, recovar: /opt/two}",
+                   "cryodrgn={epochs: 3, width: 128, flags: --no-amp}", "--",
+                   *(str(run / peer / "evaluation.json") for peer in ("cryodrgn", "recovar")))  # fmt: skip
+    jobs = counts(printed)
+    assert "run" not in jobs and "environment" not in jobs and jobs["simulate"] == jobs["cryodrgn"] == jobs["recovar"] == "1"
+    assert "/opt/one/bin/cryodrgn train_vae" in printed and "/opt/two/bin/python" in printed
+    assert "-n 3 --enc-dim 128 --dec-dim 128 --no-analysis --no-amp" in printed
+    assert "cryoDRGN 4.3.1, 3 epochs, networks of 128" in printed  # the table says with which settings
 
 
 @pytest.mark.parametrize("dataset", ["igg-1d", "igg-rl", "assembly", "mixed", "phantom"])
@@ -91,3 +115,32 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     got = {name: rows["stage 2, base"][name] for name in ("per_image", "per_image_difference", "neighbours", "imbalance", "imbalance_back")}
     assert list(got.values()) == ["0.4000", "0.3000", "0.8000", "0.1000", "0.2000"] and rows["consensus"]["per_image"] == ""
     assert "0.3200 (0.0200)" in (tmp_path / "table.md").read_text() and (tmp_path / "table.png").exists()
+
+
+def test_volumes_and_latents_of_another_program_are_scored_by_the_truth_alone(tmp_path: Path) -> None:
+    """The truth itself has a perfect curve; with its states exchanged it no longer follows the differences."""
+    random = np.random.default_rng(0)
+    truth, good, bad = (tmp_path / name for name in ("truth", "good", "bad"))
+    for folder in (truth, good, bad):
+        folder.mkdir()
+    blob = ndimage.gaussian_filter(random.normal(size=(4, 24, 24, 24)), (0, 1, 1, 1))
+    for k, volume in enumerate(blob.astype(np.float32)):
+        mrc.write_volume(truth / f"vol_{k:03d}.mrc", volume, 6.0)
+        mrc.write_volume(good / f"state{k:03d}.mrc", 3 * volume, 6.0)
+        mrc.write_volume(bad / f"state{(k + 1) % 4:03d}.mrc", volume, 6.0)
+    label = random.integers(0, 4, 400).astype(np.int32)
+    np.save(truth / "labels.npy", label)
+    np.save(tmp_path / "z.npy", np.stack([np.cos(label), np.sin(label)], 1) + 0.01 * random.normal(size=(400, 2)))
+    score = runpy.run_path(str(PROGRAM))["score"]
+    output = tmp_path / "evaluation.json"
+    method = {}
+    for folder in (good, bad):
+        score(folder, truth, "peer", output, tmp_path / "z.npy")
+        found = json.loads(output.read_text())
+        assert found["models"]["peer"]["latents"]["neighbours"]["similarity"][0] > 0.95
+        method[folder] = found["methods"]["peer"]
+    assert method[good]["auc"]["mean"] == pytest.approx(0.5, abs=0.02)
+    assert method[good]["difference"]["mean"] == pytest.approx(0.5, abs=0.02) and method[bad]["difference"]["mean"] < 0
+    (good / "state003.mrc").unlink()
+    with pytest.raises(InputError, match="3 volumes for 4 states"):
+        score(good, truth, "peer", output, None)

@@ -2,7 +2,7 @@
 
     python benchmark.py config DATASET.yaml --size '{"box": 64, ...}' --energy 655.36 --seed 0 --model M --run DIR
     python benchmark.py zfile EMBEDDING LABELS OUTPUT
-    python benchmark.py score VOLUMES PARTICLES.zarr TRUTH NAME OUTPUT.json
+    python benchmark.py score VOLUMES TRUTH NAME OUTPUT.json --latents EMBEDDING
     python benchmark.py truth IgG-1D IgG-1D/truth
     python benchmark.py ceiling RUN/base.yaml PARTICLES.zarr TRUTH OUTPUT.json --states 5
     python benchmark.py table OUTPUT.csv RUN/VARIANT/evaluation.json ...
@@ -16,16 +16,17 @@ import json
 import shutil
 import sys
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from cryospire import config as configuration
 from cryospire.conventions import InputError
-from cryospire.io import metadata_pkl, stores
+from cryospire.io import metadata_pkl, mrc, stores
 
 COLUMNS = ("auc", "unmasked", "difference")
 NAMES = [
@@ -55,12 +56,20 @@ def make_config(
         (run / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def zfile(embedding: Path, labels: Path, output: Path) -> None:
-    """Text file (states, D): of each state the latent nearest to its mean, as CryoBench takes it; ``embedding`` is .pkl or .npy (N, D)."""
+def read_latents(embedding: Path, label: NDArray[np.int32]) -> NDArray[np.floating]:
+    """Latents (N, D) of another program, .pkl or .npy, in the order of the labels (N,)."""
     z = np.load(embedding, allow_pickle=False) if embedding.suffix == ".npy" else np.asarray(metadata_pkl.load(embedding))
-    label = np.load(labels, allow_pickle=False)
     if z.ndim != 2 or len(z) != len(label):
         raise InputError(f"{embedding}: latents of shape {z.shape} for {len(label)} labels")
+    if not np.isfinite(z).all():
+        raise InputError(f"{embedding}: {np.isnan(z).any(1).sum()} images have no latent")
+    return z
+
+
+def zfile(embedding: Path, labels: Path, output: Path) -> None:
+    """Text file (states, D): of each state the latent nearest to its mean, as CryoBench takes it; ``embedding`` is .pkl or .npy (N, D)."""
+    label = np.load(labels, allow_pickle=False)
+    z = read_latents(embedding, label)
     rows = []
     for k in np.unique(label):
         mine = z[label == k]
@@ -68,21 +77,34 @@ def zfile(embedding: Path, labels: Path, output: Path) -> None:
     np.savetxt(output, np.array(rows))
 
 
-def score(folder: Path, particles: Path, truth: Path, name: str, output: Path) -> None:
-    """The rows of evaluation.json for volumes of another program, one for each state in the order of their names."""
+@dataclass(frozen=True)
+class Grid:
+    """Box and pixel size (Å) of volumes and images."""
+
+    box: int
+    pixel_size: float
+
+
+def score(folder: Path, truth: Path, name: str, output: Path, embedding: Path | None) -> None:
+    """The rows of evaluation.json for volumes of another program, one for each state in the order of their names, on the truth's grid."""
     import torch
 
-    from cryospire.stages import evaluate
-    from cryospire.training.data import Particles
+    from cryospire.stages import evaluate, evaluate_model
 
-    group = stores.open_store(particles, "particles")
-    data = Particles(group)
-    known = evaluate.load_truth(truth, data, stores.read(group, "source/row"))
+    volume, pixel_size = mrc.read_volume(truth / "vol_000.mrc")
+    grid = Grid(len(volume), pixel_size)
+    label = np.load(truth / "labels.npy", allow_pickle=False)
+    known = evaluate.load_truth(truth, grid, np.arange(len(label)))
     files = sorted(folder.rglob("*.mrc"))
     if len(files) != len(known.volumes):
         raise InputError(f"{folder}: {len(files)} volumes for {len(known.volumes)} states")
-    volumes = torch.stack([evaluate.on_grid(f, data) for f in files])
-    output.write_text(json.dumps({"methods": {name: evaluate.score(volumes, known, data.pixel_size)}}, indent=1) + "\n")
+    volumes = torch.stack([evaluate.on_grid(f, grid) for f in files])
+    result: dict[str, Any] = {"methods": {name: evaluate.score(volumes, known, pixel_size)}}
+    if embedding:
+        z = torch.from_numpy(read_latents(embedding, label))
+        result["models"] = {name: {"latents": evaluate_model.judge_neighbours(z, known.label, evaluate.state_distances(known))}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def cryobench_truth(folder: Path, output: Path) -> None:
@@ -196,13 +218,14 @@ def main() -> None:
     c.add_argument("--changes", type=json.loads, default={})
     z = commands.add_parser("zfile")
     s = commands.add_parser("score")
+    s.add_argument("--latents", type=Path)
     g = commands.add_parser("truth")
     f = commands.add_parser("ceiling")
     f.add_argument("--states", type=int, default=5)
     t = commands.add_parser("table")
     for command, names in (
         (z, ("embedding", "labels", "output")),
-        (s, ("volumes", "particles", "truth", "name", "output")),
+        (s, ("volumes", "truth", "name", "output")),
         (g, ("folder", "output")),
         (f, ("config", "particles", "truth", "output")),
     ):
@@ -217,7 +240,7 @@ def main() -> None:
         elif a.command == "zfile":
             zfile(a.embedding, a.labels, a.output)
         elif a.command == "score":
-            score(a.volumes, a.particles, a.truth, a.name, a.output)
+            score(a.volumes, a.truth, a.name, a.output, a.latents)
         elif a.command == "truth":
             cryobench_truth(a.folder, a.output)
         elif a.command == "ceiling":

@@ -1,9 +1,18 @@
 # Other programs on the same images, by their documented commands, each in an environment of its own.
 # cryoDRGN and RECOVAR expect protein-white images under their default inversion, which is what `simulate` writes.
-# Both take the latent of the image nearest to each state's mean latent, as CryoBench does.  PEER_EPOCHS fewer than the authors'
-# advice must be said beside the numbers; on a CPU add "-b 8 --lr 5e-4 --no-amp --enc-dim 128 --dec-dim 128" to cryodrgn.
-PEER_EPOCHS = config.get("cryodrgn_epochs", 20)
-PEER_FLAGS = config.get("cryodrgn_flags", "")
+# Of each state both are asked for the volume at the latent of the image nearest to the state's mean latent, as CryoBench does.
+# The names of the methods say with which settings they ran.
+CRYODRGN = config["cryodrgn"]
+RECOVAR = config["recovar"]
+
+
+def environment(peer):
+    """Folder of a peer's virtual environment: one that is there already, or the one that the rule makes."""
+    return Path(config["environments"].get(peer, f"{O}/environments/{peer}"))
+
+
+def ready(peer):
+    return [] if peer in config["environments"] else f"{O}/environments/{peer}/ready"
 
 
 rule environment:
@@ -18,15 +27,14 @@ rule environment:
     message:
         "environment: {wildcards.peer} from PyPI"
     shell:
-        "python -m venv $(dirname {output}) > {log} 2>&1 && $(dirname {output})/bin/pip install -r {input} >> {log} 2>&1"
+        "(python -m venv $(dirname {output}); $(dirname {output})/bin/pip install -r {input}) > {log} 2>&1"
 
 
 rule cryodrgn:
     input:
-        ready=f"{O}/environments/cryodrgn/ready",
-        star=f"{RUN}/data/particles.star",
-        labels=f"{RUN}/data/truth/labels.npy",
-        base=f"{RUN}/base/evaluation.json",
+        ready=ready("cryodrgn"),
+        star=rules.simulate.output.star,
+        labels=rules.simulate.output.labels,
     output:
         f"{RUN}/cryodrgn/evaluation.json",
     log:
@@ -34,35 +42,38 @@ rule cryodrgn:
     benchmark:
         f"{RUN}/benchmarks/cryodrgn.tsv"
     threads: workflow.cores
+    resources:
+        mem_mb=8000,
     params:
-        bin=lambda w, input: Path(input.ready).parent / "bin",
+        command=environment("cryodrgn") / "bin/cryodrgn",
         box=lambda w: config["size"][w.size]["box"],
         pixel=lambda w: config["size"][w.size]["pixel_size"],
-        epochs=PEER_EPOCHS,
-        flags=PEER_FLAGS,
+        train=f"--zdim {CRYODRGN['zdim']} -n {CRYODRGN['epochs']} --enc-dim {CRYODRGN['width']} --dec-dim {CRYODRGN['width']} "
+        f"--no-analysis {CRYODRGN['flags']}",
+        name=shlex.quote(f"cryoDRGN 4.3.1, {CRYODRGN['epochs']} epochs, networks of {CRYODRGN['width']}"),
         program=HERE / "benchmark.py",
     conda:
         "../../envs/cpu.yaml"
     message:
         "cryodrgn: {wildcards.dataset} {wildcards.size} {wildcards.level} seed {wildcards.seed}"
     shell:
-        "(d=$(dirname {output}); data=$(dirname {input.star}); b={params.bin}; mkdir -p $d/volumes; "
-        "$b/cryodrgn parse_pose_star {input.star} -D {params.box} --Apix {params.pixel} -o $d/poses.pkl; "
-        "$b/cryodrgn parse_ctf_star {input.star} -D {params.box} --Apix {params.pixel} -o $d/ctf.pkl; "
-        "$b/cryodrgn train_vae {input.star} --datadir $data --poses $d/poses.pkl --ctf $d/ctf.pkl --zdim 8 -n {params.epochs} "
-        "--seed {wildcards.seed} {params.flags} -o $d/train; "
-        "z=$(ls -v $d/train/z.*.pkl | tail -1); w=${{z/\\/z./\\/weights.}}; "
-        "python {params.program} zfile $z {input.labels} $d/z.txt; "
-        "$b/cryodrgn eval_vol $w --config $d/train/config.yaml --zfile $d/z.txt --Apix {params.pixel} -o $d/volumes; "
-        "python {params.program} score $d/volumes $(dirname {input.base})/particles.zarr $data/truth cryodrgn {output}) > {log} 2>&1"
+        "(d=$(dirname {output}); data=$(dirname {input.star}); rm -rf $d/train $d/volumes; "
+        "{params.command} parse_pose_star {input.star} -D {params.box} --Apix {params.pixel} -o $d/poses.pkl; "
+        "{params.command} parse_ctf_star {input.star} -D {params.box} --Apix {params.pixel} -o $d/ctf.pkl; "
+        "{params.command} train_vae {input.star} --datadir $data --poses $d/poses.pkl --ctf $d/ctf.pkl --seed {wildcards.seed} "
+        "{params.train} -o $d/train; "
+        "e=$(ls $d/train | sed -n 's/^z\\.\\([0-9]*\\)\\.pkl$/\\1/p' | sort -n | tail -1); "
+        "python {params.program} zfile $d/train/z.$e.pkl {input.labels} $d/z.txt; "
+        "{params.command} eval_vol $d/train/weights.$e.pkl --config $d/train/config.yaml --zfile $d/z.txt --Apix {params.pixel} "
+        "-o $d/volumes; "
+        "python {params.program} score $d/volumes $data/truth {params.name} {output} --latents $d/train/z.$e.pkl) > {log} 2>&1"
 
 
 rule recovar:
     input:
-        ready=f"{O}/environments/recovar/ready",
-        star=f"{RUN}/data/particles.star",
-        labels=f"{RUN}/data/truth/labels.npy",
-        base=f"{RUN}/base/evaluation.json",
+        ready=ready("recovar"),
+        star=rules.simulate.output.star,
+        labels=rules.simulate.output.labels,
     output:
         f"{RUN}/recovar/evaluation.json",
     log:
@@ -70,23 +81,26 @@ rule recovar:
     benchmark:
         f"{RUN}/benchmarks/recovar.tsv"
     threads: workflow.cores
+    resources:
+        mem_mb=12000,
     params:
-        bin=lambda w, input: Path(input.ready).parent / "bin",
-        zdim=10,
-        flags=config.get("recovar_flags", ""),
+        # The program's own commands; without a GPU its insertion is put right, as peers/recovar_cpu.py says.
+        command=f"{environment('recovar') / 'bin/python'} {HERE / 'peers' / 'recovar_cpu.py'}",
+        zdim=RECOVAR["zdim"],
+        flags=RECOVAR["flags"],
+        budget=RECOVAR["budget"],
+        name=shlex.quote(f"RECOVAR 1.0.5, latent dimension {RECOVAR['zdim']}"),
         program=HERE / "benchmark.py",
     conda:
         "../../envs/cpu.yaml"
     message:
         "recovar: {wildcards.dataset} {wildcards.size} {wildcards.level} seed {wildcards.seed}"
     shell:
-        "(d=$(dirname {output}); data=$(dirname {input.star}); b={params.bin}; mkdir -p $d/volumes; "
-        "$b/recovar pipeline {input.star} --datadir $data --mask $data/truth/mask.mrc --zdim 4,{params.zdim} --no-downsample "
-        "{params.flags} -o $d/pipeline; "
-        "$b/python -c 'import sys, numpy; from recovar import output; "
-        'numpy.save(sys.argv[2], output.PipelineOutput(sys.argv[1]).get("zs")[int(sys.argv[3])])\' $d/pipeline $d/z.npy {params.zdim}; '
-        "python {params.program} zfile $d/z.npy {input.labels} $d/z.txt; "
-        "$b/recovar compute_state $d/pipeline -o $d/states --latent-points $d/z.txt; "
-        "n=0; for f in $(find $d/states -name 'state*.mrc' -not -name '*half*' | sort -V); do "
-        "cp $f $d/volumes/$(printf 'vol_%03d.mrc' $n); n=$((n + 1)); done; "
-        "python {params.program} score $d/volumes $(dirname {input.base})/particles.zarr $data/truth recovar {output}) > {log} 2>&1"
+        "(d=$(dirname {output}); data=$(dirname {input.star}); rm -rf $d/pipeline $d/states $d/volumes; mkdir -p $d/volumes; "
+        "{params.command} pipeline {input.star} --datadir $data --mask $data/truth/mask.mrc --zdim {params.zdim} --no-downsample "
+        "{params.budget} {params.flags} -o $d/pipeline; "
+        "z=$d/pipeline/model/zdim_{params.zdim}/latent_coords.npy; "
+        "python {params.program} zfile $z {input.labels} $d/z.txt; "
+        "{params.command} compute_state $d/pipeline --latent-points $d/z.txt {params.budget} -o $d/states; "
+        "cp $d/states/state[0-9][0-9][0-9].mrc $d/volumes; "
+        "python {params.program} score $d/volumes $data/truth {params.name} {output} --latents $z) > {log} 2>&1"
