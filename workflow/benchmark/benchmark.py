@@ -101,7 +101,7 @@ def score(folder: Path, truth: Path, name: str, output: Path, embedding: Path | 
     volumes = torch.stack([evaluate.on_grid(f, grid) for f in files])
     result: dict[str, Any] = {"methods": {name: evaluate.score(volumes, known, pixel_size)}}
     if embedding:
-        z = torch.from_numpy(read_latents(embedding, label))
+        z = torch.tensor(read_latents(embedding, label))
         result["models"] = {name: {"latents": evaluate_model.judge_neighbours(z, known.label, evaluate.state_distances(known))}}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
