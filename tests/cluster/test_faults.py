@@ -208,17 +208,20 @@ def test_a_rank_killed_in_mid_epoch(slurm: Slurm, run: Path, snakemake: Workflow
     same(run, undisturbed)
 
 
-@pytest.mark.slow  # on a fast machine the job may end before the next Snakemake looks, and then there is nothing to take up
-def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: Workflow, undisturbed: Result) -> None:
-    """The job lives on, is taken up by the next Snakemake, and was submitted once."""
+@pytest.mark.parametrize("ended", [pytest.param(False, marks=pytest.mark.slow), True], ids=["running", "ended"])
+def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: Workflow, undisturbed: Result, ended: bool) -> None:
+    """The job lives on; the next Snakemake takes it up, also where it has ended meanwhile, and it was submitted once."""
     process = snakemake()
     job = in_epoch(slurm, run, 1)
     process.kill()
     process.wait()
+    if ended:
+        slurm.until(f"squeue -h --states=all -j {job} -o %T", "COMPLETED", 90)
     slurm.sh("snakemake --profile cluster/slurm --configfile config.yaml --unlock", cwd=run)
     ends_well(run, snakemake())
     assert submissions(slurm, job) == [job]
     same(run, undisturbed)
+    assert "Nothing to be done" in ends_well(run, snakemake()), "the end of the job is on Snakemake's record"
 
 
 @pytest.mark.slow
