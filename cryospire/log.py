@@ -58,7 +58,7 @@ def gpus() -> int:
 
 
 class Progress:
-    """Progress of one stage: a line at most every ``every`` seconds, a metrics record at each ``record``, at the start and every minute.
+    """Progress of one stage: a line at most every ``every`` seconds, a metrics record at the start, at each ``record`` and every minute.
 
     ``metrics`` is a JSON-lines file; each record holds ``time`` (Unix, s), ``stage``, ``done``, ``total``,
     ``memory_gb``, ``host``, ``job`` and ``gpus`` beside the caller's numbers.
@@ -108,6 +108,7 @@ class Progress:
             self.file.close()
 
     def __enter__(self) -> Progress:
+        self.record()
         return self
 
     def __exit__(self, *exc: object) -> None:

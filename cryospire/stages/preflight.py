@@ -64,7 +64,7 @@ def run(config: Config, output: Path, *, particles: Path | None = None, sample: 
     grid = common_grid(table, config.preprocess.box)
     taken, survey = hypotheses.read_sample(table, sample or config.preflight.sample, config.seed)
     found = Findings()
-    best = compete(found, taken)
+    best = compete(found, taken, output.parent / "logs" / "preflight.metrics.jsonl")
     found.verdicts.append(contrast(found, config, table, best))
     if config.map is not None:
         found.verdicts.append(hand(found, config.map, best, taken.pixel_size))
@@ -78,12 +78,12 @@ def run(config: Config, output: Path, *, particles: Path | None = None, sample: 
         raise InputError(f"{source}: preflight: {'; '.join(wrong)}{advice}; or set preflight.accept (--accept) to go on")
 
 
-def compete(found: Findings, sample: Sample) -> Evidence:
+def compete(found: Findings, sample: Sample, metrics: Path | None = None) -> Evidence:
     """Decide rotations and shifts together, then the CTF and its pixel size together: one that is wrong spoils the other.
 
     Returns the evidence of the reading that won.
     """
-    with log.Progress("preflight", 25, "readings") as progress:
+    with log.Progress("preflight", 25, "readings", metrics) as progress:
 
         def test(convention: Convention) -> Evidence:
             progress.advance(1)
