@@ -19,6 +19,7 @@ include: "workflow/rules/consensus.smk"
 include: "workflow/rules/discover.smk"
 include: "workflow/rules/parts.smk"
 include: "workflow/rules/train.smk"
+include: "workflow/rules/reconstruct.smk"
 include: "workflow/rules/analyse.smk"
 include: "workflow/rules/assemble.smk"
 

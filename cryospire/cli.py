@@ -117,17 +117,32 @@ def analyse(
 
 
 @app.command()
+def reconstruct(
+    config: ConfigPath,
+    particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
+    model: Annotated[Path, typer.Option(help="model.zarr", show_default=False)],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """What the images know beyond the Gaussians: a map of every part, its motion undone, over any number of MPI ranks."""
+    from cryospire.stages import reconstruct as stage
+
+    stage.run(configuration.load(config), particles=particles, model=model, output=output, force=force)
+
+
+@app.command()
 def assemble(
     config: ConfigPath,
     model: Annotated[Path, typer.Option(help="model.zarr", show_default=False)],
     analysis: Annotated[Path, typer.Option(help="analysis.zarr", show_default=False)],
+    reconstruction: Annotated[Path, typer.Option(help="reconstruction.zarr", show_default=False)],
     output: Output,
     force: Force = False,
 ) -> None:
     """Volumes of states and trajectories, over any number of MPI ranks, and files for ChimeraX, RELION and 3DFlex."""
     from cryospire.stages import assemble as stage
 
-    stage.run(configuration.load(config), model=model, analysis=analysis, output=output, force=force)
+    stage.run(configuration.load(config), model=model, analysis=analysis, reconstruction=reconstruction, output=output, force=force)
 
 
 @app.command()

@@ -29,7 +29,7 @@ HOMES = {
     "dask": ("cryospire/stages/preprocess.py",),
     "distributed": ("cryospire/stages/preprocess.py",),
     "torch.distributed": ("cryospire/training/distributed.py",),
-    "mpi4py": ("cryospire/stages/assemble.py",),
+    "mpi4py": ("cryospire/stages/ranks.py",),
     "zarr": ("cryospire/io/stores.py",),
     "starfile": ("cryospire/io/metadata",),
     "mrcfile": ("cryospire/io/mrc.py",),

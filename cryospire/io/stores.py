@@ -22,7 +22,7 @@ from cryospire import __version__
 from cryospire.conventions import InputError
 
 SCHEMA_VERSION = 1
-SCHEMAS = ("particles", "consensus", "discovery", "parts", "model", "analysis", "volumes")
+SCHEMAS = ("particles", "consensus", "discovery", "parts", "model", "reconstruction", "analysis", "volumes")
 ROWS = 4096  # rows of a chunk in arrays that have one row for each particle
 
 

@@ -71,16 +71,6 @@ def _lumps_along(t: Tensor, share: float) -> Lumps:
     return Lumps(float(ratio[at]), float(torch.maximum(below[at], 1 - below[at])))
 
 
-def rigid_motion(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotation (3, 3) and translation (3,) that take ``source`` (n, 3) to ``target`` (n, 3) with least weighted squares (Kabsch)."""
-    w = weight / weight.sum()
-    a, b = (w[:, None] * source).sum(0), (w[:, None] * target).sum(0)
-    u, _, vt = torch.linalg.svd((target - b).T @ (w[:, None] * (source - a)))
-    sign = torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ vt).sign())], dtype=u.dtype))
-    rotation = u @ sign @ vt
-    return rotation, b - rotation @ a
-
-
 def angle_between(a: Tensor, b: Tensor) -> float:
     """Angle (degrees) of the rotation from a (3, 3) to b (3, 3)."""
     cosine = ((a * b).sum() - 1) / 2

@@ -6,6 +6,7 @@ Densities are sums of blobs of one width at the centres of Gaussians, in pixels,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,18 @@ def overlap(x: Tensor, w: Tensor, y: Tensor, v: Tensor, sigma: float = WIDTHS[-1
         return w @ kernel(x, y, sigma) @ v
     y, v = y.expand(len(x), *y.shape[-2:]), v.expand(len(x), v.shape[-1])
     return torch.stack([overlap(*one, sigma) for one in zip(x, w, y, v, strict=True)])  # one at a time: all would be gigabytes
+
+
+def motion(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotations (..., 3, 3) and translations (..., 3) that take ``source`` (..., n, 3) to ``target`` with least squares weighted by
+    ``weight`` (..., n) (Kabsch 1976)."""
+    w = (weight / weight.sum(-1, keepdim=True))[..., None]
+    a, b = (w * source).sum(-2), (w * target).sum(-2)
+    u, _, vt = torch.linalg.svd((target - b[..., None, :]).mT @ (w * (source - a[..., None, :])))
+    sign = torch.ones_like(a)
+    sign[..., 2] = torch.det(u @ vt).sign()
+    rotation = u @ (sign[..., None] * vt)
+    return rotation, b - (rotation @ a[..., None])[..., 0]
 
 
 def register(
@@ -130,14 +143,18 @@ def cost(shapes: Shapes, body: Body) -> float:
 
 def variation(shapes: Shapes) -> float:
     """Energy of the density's deviation from its mean over particles: what there is to explain."""
-    gram = torch.stack([overlap(shapes.centre, shapes.mass, c, m) for c, m in zip(shapes.centre, shapes.mass, strict=True)])
+    c, m = shapes.centre, shapes.mass
+    gram = torch.zeros(len(c), len(c))
+    for k in range(len(c)):
+        gram[k, k:] = gram[k:, k] = overlap(c[k:], m[k:], c[k], m[k])
     return float((shapes.share * gram.diagonal()).sum() - shapes.share @ gram @ shapes.share)
 
 
-def merge(shapes: Shapes, label: Tensor) -> tuple[dict[int, Tensor], dict[int, float]]:
+def merge(shapes: Shapes, label: Tensor, joined: Callable[[], None] = lambda: None) -> tuple[dict[int, Tensor], dict[int, float]]:
     """Join sets of ``label`` (G,) until one is left, always the two that lose least; what rests is joined first.
 
     Returns the labels (G,) at every number of sets, and for each what one set fewer would lose, of all there is to explain.
+    ``joined`` is called at every join, for progress.
     """
     whole = variation(shapes)
     sets = {k: label == name for k, name in enumerate(torch.unique(label))}
@@ -159,6 +176,7 @@ def merge(shapes: Shapes, label: Tensor) -> tuple[dict[int, Tensor], dict[int, f
         if len(resting) > 1:
             resting = [new, *resting[2:]]
         levels[len(sets)] = _labels(sets)
+        joined()
     return levels, losses
 
 

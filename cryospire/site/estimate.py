@@ -13,7 +13,10 @@ import numpy as np
 from cryospire.config import Config, Train, Training
 from cryospire.site.settings import Site
 
-STAGES = ("simulate", "preflight", "preprocess", "consensus", "discover", "parts", "train", "analyse", "assemble", "evaluate", "report")
+STAGES = (
+    "simulate", "preflight", "preprocess", "consensus", "discover", "parts", "train", "reconstruct", "analyse", "assemble", "evaluate",
+    "report",
+)  # fmt: skip
 TRAININGS = {"discover": 101, "train": 102}
 
 # Rates, deliberately on the slow side; a job that needs more is retried with more.
@@ -158,6 +161,11 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         disk = 3 * n * 1e-4 + settings.gaussians * 2e-3
     elif stage == "analyse":
         memory, seconds, disk = 1000 + n * 4e-3, 120 + n * 3e-3, n * 1e-4
+    elif stage == "reconstruct":
+        parts, fine = config.parts.parts or config.parts.max_parts, (2 * b if b <= 128 else b)
+        tasks = site.mpi_ranks if site else 1
+        work = flop_of_image(config.train, b) / 3 / (CPU_GFLOPS * cpus * 1e9) + parts * (b / 128) ** 2 / CPU_IMAGES
+        memory, seconds, disk = 4 * parts * fine**3 * 6 * 1.2 / 1e6 + 500, n * work / tasks, 6 * parts * b**3 * 4 / 1e6
     elif stage == "assemble":
         side = config.assemble.box or b
         volumes = config.analyse.states + config.analyse.trajectories * config.analyse.steps

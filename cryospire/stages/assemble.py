@@ -6,8 +6,6 @@ do not depend on the number of ranks.
 
 from __future__ import annotations
 
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,9 @@ from cryospire import kernels, log
 from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import bodies, chimerax, mrc, stores
+from cryospire.maths import rigid
+from cryospire.stages.detail import Details, part_of_gaussians
+from cryospire.stages.ranks import over_ranks
 from cryospire.training.model import Mixture, load
 
 Array = NDArray[np.float32]
@@ -40,28 +41,12 @@ class Job:
     latent: Array
 
 
-def run(config: Config, model: Path, analysis: Path, output: Path, force: bool = False) -> None:
-    """model.zarr, analysis.zarr -> volumes.zarr and the folder ``volumes`` beside it; run it alone or under mpiexec or srun."""
-    from mpi4py import MPI  # importing it starts MPI
-
-    comm = MPI.COMM_WORLD
-    try:
-        assemble(comm, config, model, analysis, output, force)
-    except BaseException as error:
-        if comm.size == 1:
-            raise
-        # The others wait in a barrier for this rank: end them all, with the exit code the command alone would have.
-        known = isinstance(error, InputError)
-        if not known:
-            import traceback
-
-            traceback.print_exc()
-        print(f"cryospire: error: {error}" + ("" if known else f" (rank {comm.rank})"), file=sys.stderr, flush=True)
-        time.sleep(1)  # MPICH's launcher drops what it has not yet passed on when it is told to abort
-        comm.Abort(2 if known else 1)
+def run(config: Config, model: Path, analysis: Path, reconstruction: Path, output: Path, force: bool = False) -> None:
+    """model.zarr, analysis.zarr, reconstruction.zarr -> volumes.zarr and a folder beside it; alone or under mpiexec or srun."""
+    over_ranks(lambda comm: assemble(comm, config, model, analysis, reconstruction, output, force))
 
 
-def assemble(comm: Any, config: Config, model: Path, analysis: Path, output: Path, force: bool) -> None:
+def assemble(comm: Any, config: Config, model: Path, analysis: Path, reconstruction: Path, output: Path, force: bool) -> None:
     """What ``run`` does, over the ranks of ``comm``."""
     own = configuration.section(config.assemble)
     mixture = load(model)
@@ -71,9 +56,10 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, output: Pat
         raise InputError(f"{analysis}: latents have {states.shape[1]} dimensions, {model} has {mixture.latent}; run analyse again")
     box = config.assemble.box or mixture.box
     pixel_size = mixture.pixel_size * mixture.box / box
+    details = Details.load(reconstruction, mixture, part_of_gaussians(model), box)
     folder = output.with_suffix("")
     if comm.rank == 0:
-        inputs = {"model": model, "analysis": analysis}
+        inputs = {"model": model, "analysis": analysis, "reconstruction": reconstruction}
         begun = stores.create(output, "volumes", config=own, seed=config.seed, inputs=inputs, pixel_size=pixel_size, box=box, force=force)
         declare(begun, states, lines, found, box)
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +70,7 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, output: Pat
     mine = jobs(states, lines)[comm.rank :: comm.size]
     with log.Progress("assemble", len(mine), "volumes", output.parent / "logs" / "assemble.metrics.jsonl") as progress:
         for job in mine:
-            volume = render(mixture, job.latent, box, pixel_size)
+            volume = render(details, job.latent)
             with stores.writing(output):
                 group[job.array][job.index] = volume
             mrc.write_volume(folder / job.file, volume, pixel_size)
@@ -137,10 +123,11 @@ def jobs(states: Array, lines: Array) -> list[Job]:
     ]
 
 
-def render(mixture: Mixture, latent: Array, box: int, pixel_size: float) -> Array:
-    """Volume [z, y, x] at one latent (D,)."""
-    centre, amplitude, scale = mixture.forward_gaussians(torch.as_tensor(latent)[None])
-    return kernels.render_volume(centre[0], amplitude[0], scale, box, pixel_size).numpy()
+def render(details: Details, latent: Array) -> Array:
+    """Volume [z, y, x] at one latent (D,): the mixture, and the detail of its parts."""
+    z, box = torch.as_tensor(latent), details.mask.shape[-1]
+    centre, amplitude, scale = details.mixture.forward_gaussians(z[None])
+    return kernels.render_volume(centre[0], amplitude[0], scale, box, details.pixel_size).numpy() + details.at(z)
 
 
 def mask_folder(store: Any, model: Path) -> Path:
@@ -190,14 +177,6 @@ def write_gaussians(scene: Scene, state: Array, lines: Array, seed: int) -> None
         chimerax.write_arrows(scene.folder / f"trajectory_{t}.bild", start[shown], stop[shown], scene.part[shown], shortest)
 
 
-def rigid(start: Array, stop: Array, mass: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rotation (3, 3) that carries ``start`` (n, 3) onto ``stop`` about their centres, least squares weighted by mass (Kabsch 1976)."""
-    a, b = (x - np.average(x, axis=0, weights=mass) for x in (start, stop))
-    u, _, vt = np.linalg.svd((b * mass[:, None]).T @ a)
-    turn: NDArray[np.float64] = u @ np.diag([1, 1, np.sign(np.linalg.det(u @ vt))]) @ vt
-    return turn
-
-
 def body_motion(scene: Scene, states: Array, weight: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """RMS rotation (P,) in degrees and shift (P,) in Å of each part against part 0 over the states; part 0 against part 1."""
     shapes = [scene.at(z)[0] for z in states]
@@ -205,7 +184,7 @@ def body_motion(scene: Scene, states: Array, weight: Array) -> tuple[NDArray[np.
     mass = scene.mass
     angle, offset = np.zeros((2, len(states), len(members)))
     for s, shape in enumerate(shapes):
-        turn = [rigid(shapes[0][m], shape[m], mass[m]) for m in members]
+        turn = [rigid.motion(*(torch.from_numpy(x) for x in (shapes[0][m], shape[m], mass[m])))[0].numpy() for m in members]
         centre = [(np.average(shapes[0][m], axis=0, weights=mass[m]), np.average(shape[m], axis=0, weights=mass[m])) for m in members]
         for k in range(len(members)):
             other = 0 if k else 1

@@ -6,6 +6,7 @@ The same is done for differences from the mean volume, where one map for all sta
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
 from cryospire.kernels.insertion import insert
-from cryospire.log import say
+from cryospire.log import Progress, say
 from cryospire.maths import fourier, insertion, metrics, recovery
 from cryospire.stages import evaluate_figure, evaluate_model
+from cryospire.stages.detail import Details, part_of_gaussians
 from cryospire.stages.evaluate_model import Segmentation
 from cryospire.training.data import Particles
-from cryospire.training.model import Mixture, load
+from cryospire.training.model import Mixture, load, load_latents
 
 BATCH = 512  # images inserted at a time
 MEMORY = 1 << 31  # bytes of accumulators held at once
@@ -65,17 +67,23 @@ def run(config: Config, *, model: Path, consensus: Path, particles: Path, truth:
     found: dict[str, tuple[Mixture, Tensor]] = {}
     for name, path in {"stage 1": model.parent / "discovery.zarr", "stage 2": model}.items():
         if name == "stage 2" or path.exists():
-            found[name] = load(path), load_latents(path, data)
+            found[name] = load(path), load_latents(path, data.id)
     result: dict[str, Any] = {
         "particles": len(data), "states": len(known.volumes), "box": data.box, "pixel_size": data.pixel_size, "methods": {}
     }  # fmt: skip
     say(f"evaluate: {len(data):,} particles, {len(known.volumes)} states; the area under a perfect FSC is 0.5")
     say(f"{'':<18}{'AUC (sd)':>16}{'unmasked':>10}{'difference (sd)':>18}{'per image':>12}{'difference':>12}")
-    for name, volumes in methods(data, known, stores.open_store(consensus, "consensus"), found):
-        result["methods"][name] = score(volumes, known, data.pixel_size)
-        if name in found:
-            result["methods"][name]["per_image"] = per_image(*found[name], known)
-        say(table_row(name, result["methods"][name]))
+    refined = model.with_name("reconstruction.zarr")
+    details = Details.load(refined, found["stage 2"][0], part_of_gaussians(model), data.box) if refined.exists() else None
+    count, log = 2 + len(found) + (details is not None), output.parent / "logs" / "evaluate.metrics.jsonl"
+    with Progress("evaluate", count, "methods", log, every=math.inf) as progress:
+        for name, volumes in methods(data, known, stores.open_store(consensus, "consensus"), found, details):
+            result["methods"][name] = score(volumes, known, data.pixel_size)
+            if name in found:
+                result["methods"][name]["per_image"] = per_image(*found[name], known)
+            say(table_row(name, result["methods"][name]))
+            progress.advance(1)
+            progress.record()
     result["models"] = {name: evaluate_model.judge(m, z, known.label, known.segmentation, data) for name, (m, z) in found.items()}
     apart = state_distances(known)
     for name, (_, z) in found.items():
@@ -119,20 +127,19 @@ def on_grid(path: Path, data: Grid) -> Tensor:
     return fourier.crop(torch.from_numpy(values), data.box, 3)
 
 
-def load_latents(path: Path, data: Particles) -> Tensor:
-    """Latents (N, D) in the order of the particles."""
-    group = stores.open_store(path, "model" if (path / "anchors").exists() else "discovery")
-    rows = stores.join(data.id, stores.read(group, "id"), str(path))
-    return torch.from_numpy(stores.read(group, "latents")[rows]).float()
-
-
-def methods(data: Particles, known: Truth, consensus: Any, found: dict[str, tuple[Mixture, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def methods(
+    data: Particles, known: Truth, consensus: Any, found: dict[str, tuple[Mixture, Tensor]], details: Details | None
+) -> Iterator[tuple[str, Tensor]]:
     """Volumes (S, z, y, x) of every method, in the order of the table."""
     halves = torch.from_numpy(stores.read(consensus, "half_maps")).float()
     yield "consensus", halves.mean(0).expand(len(known.volumes), -1, -1, -1)
     yield "known labels", back_project_states(data, known.label, len(known.volumes))
     for name, (mixture, latents) in found.items():
-        yield name, render_states(mixture, recovery.group_means(latents, known.label, len(known.volumes)))
+        means = recovery.group_means(latents, known.label, len(known.volumes))
+        volumes = render_states(mixture, means)
+        yield name, volumes
+        if name == "stage 2" and details is not None:
+            yield "stage 2 + images", volumes + torch.stack([torch.from_numpy(details.at(z)) for z in means])
 
 
 def render_states(mixture: Mixture, latents: Tensor) -> Tensor:
@@ -213,14 +220,6 @@ def summary(values: Tensor) -> dict[str, Any]:
     v = values.double()
     sd = float(v.std()) if len(v) > 1 else 0.0
     return {"mean": float(v.mean()), "sd": sd, "median": float(v.median()), "states": [round(float(x), 5) for x in v]}
-
-
-def part_of_gaussians(path: Path) -> Tensor:
-    """Part of every Gaussian: of stage 1 from parts.zarr, of stage 2 through the anchors of model.zarr."""
-    if (path / "anchors").exists() and (path / "gaussians").exists():
-        group = stores.open_store(path, "model")
-        return torch.from_numpy(stores.read(group, "anchors/part")[stores.read(group, "gaussians/anchor")]).long()
-    return torch.from_numpy(stores.read(stores.open_store(path, "parts"), "part")).long()
 
 
 def table_row(name: str, values: dict[str, Any]) -> str:

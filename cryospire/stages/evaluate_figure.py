@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-COLOURS = {"consensus": "0.55", "known labels": "tab:orange", "stage 1": "tab:cyan", "stage 2": "tab:blue"}
+COLOURS = {"consensus": "0.55", "known labels": "tab:orange", "stage 1": "tab:cyan", "stage 2": "tab:blue", "stage 2 + images": "tab:green"}
 
 
 def draw(result: dict[str, Any], latents: dict[str, Tensor], label: Tensor, path: Path) -> None:

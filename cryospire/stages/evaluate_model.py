@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from cryospire.maths import neighbours, recovery
+from cryospire.maths import neighbours, recovery, rigid
 from cryospire.training.data import Particles
 from cryospire.training.model import Mixture
 
@@ -155,7 +155,7 @@ def judge_motion(assigned: Assignment, truth: Segmentation) -> list[dict[str, An
         states = [s for s in range(1, len(rotation)) if truth.present[s, part]]
         true = [rotation[s] @ rotation[0].T for s in states]
         centre, mass = assigned.centre[:, chosen].double(), assigned.mass[chosen].double()
-        fitted = [recovery.rigid_motion(centre[0], centre[s], mass)[0] for s in states]
+        fitted = [rigid.motion(centre[0], centre[s], mass)[0] for s in states]
         error = [recovery.angle_between(a, b) for a, b in zip(fitted, true, strict=True)]
         still = [recovery.angle_between(torch.eye(3, dtype=torch.float64), r) for r in true]
         middle = torch.from_numpy(truth.position[truth.part == part].mean(0))

@@ -24,7 +24,7 @@ from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
 from cryospire.kernels import render_volume
-from cryospire.log import say
+from cryospire.log import Progress, say
 from cryospire.maths import rigid
 from cryospire.training.model import Mixture, load
 
@@ -56,14 +56,22 @@ def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -
         raise InputError(f"parts.anchors: {settings.anchors} anchors cannot serve {settings.parts} parts; at least one a part")
 
     feature = near_mean(feature, position, mass)
-    with threadpool_limits(1):  # a thousand points: starting threads would take longer than the work
-        fragment = cluster(feature, mass, min(max(FRAGMENTS, settings.parts), len(feature)), int(rng.integers(2**31)))
-        levels, losses = rigid.merge(shapes(model, latents, SHAPES, int(rng.integers(2**31))), torch.from_numpy(fragment))
+    fragments = min(max(FRAGMENTS, settings.parts), len(feature))
+    steps = fragments - 1 + (settings.parts or settings.max_parts)
+    progress = Progress("parts", steps, "steps", output.parent / "logs" / "parts.metrics.jsonl")
+    with threadpool_limits(1), progress:  # a thousand points: starting threads would take longer than the work
+        fragment = torch.from_numpy(cluster(feature, mass, fragments, int(rng.integers(2**31))))
+        few = shapes(model, latents, SHAPES, int(rng.integers(2**31)))
+        levels, losses = rigid.merge(few, fragment, lambda: progress.advance(1, "fragments joined"))
         chosen = min(settings.parts or suggest(losses, settings.max_parts), max(levels))
+        progress.total = len(levels) - 1 + chosen
         labels = rng.integers(chosen, size=len(mass)) if settings.random else levels[chosen].numpy()
         labels = by_mass(labels, mass)
         path = shapes(model, latents, POSES, int(rng.integers(2**31)))
-        bodies = [rigid.fit(path, torch.from_numpy(labels == k), thorough=True) for k in range(chosen)]
+        bodies = []
+        for k in range(chosen):
+            bodies.append(rigid.fit(path, torch.from_numpy(labels == k), thorough=True))
+            progress.advance(1, "motion of a part")
         # Each part as it is where it is most: the body that its motion then carries.
         where = np.array([body.reference for body in bodies])
         centre, amplitude, scale = (t.numpy() for t in model.forward_gaussians(path.latent[where]))

@@ -183,8 +183,8 @@ def build(results: Results, title: str) -> str:
     """The page; a section whose input is missing says what is missing."""
     sections: list[tuple[str, Callable[[Results], str]]] = [
         ("Data", data), ("Preflight", preflight), ("Consensus", consensus), ("Training", training), ("Parts", more.parts),
-        ("Latent space", more.latents), ("States", more.states), ("Trajectories", more.trajectories), ("Occupancy", more.occupancy),
-        ("Evaluation", more.evaluation), ("Time and memory", costs), ("Provenance", provenance),
+        ("Maps of parts", more.part_maps), ("Latent space", more.latents), ("States", more.states), ("Trajectories", more.trajectories),
+        ("Occupancy", more.occupancy), ("Evaluation", more.evaluation), ("Time and memory", costs), ("Provenance", provenance),
     ]  # fmt: skip
     shown = []
     with rc_context(figures.LOOK):

@@ -107,6 +107,19 @@ def fsc(curve: Array, box: int, pixel_size: float, resolution: float | None) -> 
     return drawn
 
 
+def part_fscs(whole: Array, detail: Array, box: int, pixel_size: float) -> Figure:
+    """FSC (P, shells) of half-maps of parts, and of what the images add to the Gaussians, dotted, against 1/Å."""
+    drawn, (ax,) = axes(4.8, 3.1)
+    frequency = np.arange(whole.shape[1]) / (box * pixel_size)
+    ax.axhline(0.143, color=GREY, lw=1, ls="--")
+    for k, paint in enumerate(palette(len(whole))):
+        ax.plot(frequency, whole[k], color=paint, label=f"part {k + 1}")
+        ax.plot(frequency[1:], detail[k, 1:], color=paint, ls=":")
+    ax.legend(frameon=False)
+    ax.set(xlabel="spatial frequency (1/Å)", ylabel="Fourier shell correlation", xlim=(0, frequency[-1]), ylim=(-0.3, 1.04))
+    return drawn
+
+
 def _frame(ax: Axes, title: str, width: float) -> None:
     """Axes of a picture on white: its width in Å below, no ticks."""
     ax.set(xticks=[], yticks=[], title=title, xlabel=f"{width:.0f} Å")

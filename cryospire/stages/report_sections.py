@@ -135,6 +135,22 @@ def explained(causes: Array, values: Array) -> float:
     return float(max(0.0, 1 - unexplained * (n - 1) / max(n - k - 1, 1)))
 
 
+def part_maps(results: Results) -> str:
+    """What the images add to the Gaussians: a map of every part, its motion undone, with the FSC of its half-maps."""
+    group = results.store("reconstruction")
+    box, pixel, resolution = (group.attrs[k] for k in ("box", "pixel_size", "resolution"))
+    names = [f"part {k + 1}: {r:.1f} Å" for k, r in enumerate(resolution)]
+    curves = page.curve(
+        figures.part_fscs(array(group, "fsc"), array(group, "fsc_detail"), box, pixel),
+        "FSC of half-maps of each part in its mask; dotted, of what its images hold beyond the Gaussians. "
+        "Motion and latents come from all particles.",
+    )
+    views = figures.state_grid(list(array(group, "map")), pixel, names)
+    grid = page.image(views, "Projections along z (above) and central slices (below) of parts at rest.")
+    said = f"Images without the other parts, each part's motion undone. {'; '.join(names)} (FSC 0.143); the box ends at {2 * pixel:.1f} Å."
+    return page.text(said, "Maps, half-maps and masks for post-processing are in reconstruction/.") + page.row(curves, grid)
+
+
 def states(results: Results) -> str:
     """Population and picture of each state."""
     group = results.store("volumes")

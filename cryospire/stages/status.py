@@ -15,8 +15,9 @@ from cryospire.log import duration
 # Stage -> what it writes, in the order of the workflow.
 STAGES = {
     "simulate": "benchmarks/simulate.tsv", "preflight": "preflight.json", "preprocess": "particles.zarr", "consensus": "consensus.zarr",
-    "discover": "discovery.zarr", "parts": "parts.zarr", "train": "model.zarr", "analyse": "analysis.zarr", "assemble": "volumes.zarr",
-    "evaluate": "evaluation.json", "report": "report.html",
+    "discover": "discovery.zarr", "parts": "parts.zarr", "train": "model.zarr",
+    "reconstruct": "reconstruction.zarr", "analyse": "analysis.zarr", "assemble": "volumes.zarr", "evaluate": "evaluation.json",
+    "report": "report.html",
 }  # fmt: skip
 FRESH = 180.0  # s since the last line of a log or metrics after which an unfinished stage no longer counts as running
 

@@ -133,6 +133,18 @@ class Mixture(nn.Module):
         scale = self.scale
         return kernels.splat(xy, peak_weight(amplitude, scale), scale / self.pixel_size, self.box, self.config.cutoff)
 
+    def project_parts(self, part: Tensor, z: Tensor, rotation: Tensor, shift: Tensor) -> list[Tensor]:
+        """The same of each part alone; ``part`` (G,)."""
+        centre, amplitude = self.gaussians(z)
+        xy = rotation[:, :2] @ centre + shift[:, :, None] / self.pixel_size
+        images = []
+        for k in range(int(part.max()) + 1):
+            mine = part == k
+            scale = self.scale[mine]
+            peak = peak_weight(amplitude[:, mine], scale)
+            images.append(kernels.splat(xy[:, :, mine], peak, scale / self.pixel_size, self.box, self.config.cutoff))
+        return images
+
     def forward(self, z: Tensor, rotation: Tensor, shift: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
         """Negative log-likelihood (B,) of whitened images under unit noise, up to a constant."""
         return residual_energy(self.project(z, rotation, shift), transfer, images)
@@ -180,13 +192,19 @@ def load(path: Path) -> Mixture:
     config = Train.model_validate(section) if shape["kind"] == "Train" else Discover.model_validate(section)
     box, pixel_size = int(str(group.attrs["box"])), float(str(group.attrs["pixel_size"]))
     model = Mixture(config, shape["latent"], shape["features"], shape["gaussians"], box, pixel_size, shape["anchor_sizes"])
-    missing = [name for name in model.state_dict() if f"networks/{name}" not in group]
-    if missing:
-        raise InputError(f"{path}: networks/{missing[0]} is missing: written by another version of cryospire; run its stage again")
-    state: dict[str, Tensor] = {name: torch.as_tensor(_value(group, f"networks/{name}")) for name in model.state_dict()}
+    state: dict[str, Tensor] = {}
+    for name, own in model.state_dict().items():
+        found = torch.as_tensor(np.array(stores.read(group, f"networks/{name}"))) if f"networks/{name}" in group else None
+        if found is None or found.shape != own.shape:
+            words = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(own.shape)}"
+            raise InputError(f"{path}: networks/{name} {words}: written by another version of cryospire; run its stage again")
+        state[name] = found
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
-def _value(group: Any, name: str) -> NDArray[Any]:
-    return np.ascontiguousarray(stores.read(group, name))
+def load_latents(path: Path, ids: NDArray[np.int64]) -> Tensor:
+    """Latents (N, D) of ``discovery.zarr`` or ``model.zarr`` in the order of the particles ``ids``."""
+    group = stores.open_store(path, "model" if (path / "anchors").exists() else "discovery")
+    rows = stores.join(ids, stores.read(group, "id"), str(path))
+    return torch.from_numpy(stores.read(group, "latents")[rows]).float()

@@ -54,6 +54,7 @@ def test_every_store_is_complete(run: Path) -> None:
         ("discovery", "discovery"),
         ("parts", "parts"),
         ("model", "model"),
+        ("reconstruction", "reconstruction"),
         ("volumes", "volumes"),
     ):
         stores.open_store(run / f"results/{name}.zarr", schema)
@@ -64,7 +65,8 @@ def test_every_store_is_complete(run: Path) -> None:
 
 def test_stages_ran_on_two_nodes(run: Path) -> None:
     assert "2 rank(s)" in (run / "results/logs/train.log").read_text()
-    assert "2 rank(s)" in (run / "results/logs/assemble.log").read_text()
+    for stage in ("reconstruct", "assemble"):
+        assert "2 rank(s)" in (run / f"results/logs/{stage}.log").read_text()
     log = (run / "results/logs/preprocess.log").read_text()
     assert "dask worker on node1" in log and "dask worker on node2" in log
 
@@ -92,7 +94,7 @@ def test_the_official_plugin_runs_mpi_ranks(slurm: Slurm, run: Path, default_pla
 
 OF_STAGE = {
     "preprocess": "particles", "consensus": "consensus", "discover": "discovery", "parts": "parts", "train": "model",
-    "analyse": "analysis", "assemble": "volumes",
+    "reconstruct": "reconstruction", "analyse": "analysis", "assemble": "volumes",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from sklearn.metrics import roc_auc_score
 
-from cryospire.maths import recovery
+from cryospire.maths import recovery, rigid
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -47,9 +47,9 @@ def test_rigid_motion_is_recovered_and_never_a_reflection() -> None:
     source, weight = normal(30, 3), normal(30).abs() + 0.1
     rotation = torch.from_numpy(Rotation.random(rng=4).as_matrix())
     target = source @ rotation.T + torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-    found, shift = recovery.rigid_motion(source, target, weight)
+    found, shift = rigid.motion(source, target, weight)
     assert torch.allclose(found, rotation, atol=1e-12) and torch.allclose(shift, torch.tensor([1.0, -2, 3], dtype=torch.float64))
-    mirrored, _ = recovery.rigid_motion(source, source * torch.tensor([-1.0, 1, 1], dtype=torch.float64), weight)
+    mirrored, _ = rigid.motion(source, source * torch.tensor([-1.0, 1, 1], dtype=torch.float64), weight)
     assert float(torch.det(mirrored)) == pytest.approx(1)
 
 

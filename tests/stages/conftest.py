@@ -120,6 +120,21 @@ def write_parts(path: Path) -> Path:
     return path
 
 
+def write_reconstruction(path: Path, detail: np.ndarray | None = None) -> Path:
+    """Images that add nothing to the two blobs, or the given detail (2, z, y, x); half-maps agree to shell 8."""
+    group = stores.create(path, "reconstruction", config={}, seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
+    group.attrs.update({"gaussians": two_part_mixture().centre.shape[1], "resolution": [BOX * PIXEL / 8] * 2, "threshold": 0.143})
+    zyx = ("part", "z", "y", "x")
+    stores.put(group, "detail", np.zeros((2, BOX, BOX, BOX), np.float32) if detail is None else detail, zyx, "detail", "image unit / Å")
+    stores.put(group, "mask", np.ones((2, BOX, BOX, BOX), np.float32) / 2, zyx, "mask")
+    stores.put(group, "map", np.stack([render(two_part_mixture())] * 2), zyx, "map of the part", "image unit / Å")
+    curve = 1 / (1 + np.exp(np.arange(BOX // 2 + 1) - 6.2))
+    for name in ("fsc", "fsc_detail"):
+        stores.put(group, name, np.stack([curve, curve]), ("part", "shell"), name)
+    stores.finish(group)
+    return path
+
+
 def render(mixture: mixtures.Mixture) -> np.ndarray:
     centre, amplitude, scale = mixture.forward_gaussians(torch.zeros(1, mixture.latent))
     return render_volume(centre[0], amplitude[0], scale, BOX, PIXEL).numpy()
@@ -133,7 +148,9 @@ def write_run(folder: Path, n: int = 300) -> Path:
     write_model(folder / "model.zarr", np.random.default_rng(1).normal(size=(n, 2)) * [2, 1])
     config = Config(output=folder, analyse=Analyse(states=3, trajectories=1, steps=4, umap=False))
     analyse.run(config, model=folder / "model.zarr", output=folder / "analysis.zarr")
-    assemble.run(config, model=folder / "model.zarr", analysis=folder / "analysis.zarr", output=folder / "volumes.zarr")
+    inputs = {name: folder / f"{name}.zarr" for name in ("model", "analysis", "reconstruction")}
+    write_reconstruction(inputs["reconstruction"])
+    assemble.run(config, **inputs, output=folder / "volumes.zarr")
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "train.tsv").write_text("s\th:m:s\tmax_rss\n90.5\t0:01:30\t1500.0\n")
     return folder
@@ -143,5 +160,5 @@ def write_run(folder: Path, n: int = 300) -> Path:
 def synthetic() -> SimpleNamespace:
     return SimpleNamespace(
         ids=ids, write_latents=write_latents, two_part_mixture=two_part_mixture, write_model=write_model, write_run=write_run,
-        write_particles=write_particles, box=BOX, pixel=PIXEL,
+        write_particles=write_particles, write_reconstruction=write_reconstruction, box=BOX, pixel=PIXEL,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from cryospire.conventions import InputError
 from cryospire.io import bodies, mrc, stores
 from cryospire.stages import analyse, assemble
 
+INPUTS = ("model", "analysis", "reconstruction")
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
 
@@ -26,6 +27,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, synthetic: SimpleNamesp
     tmp_path = tmp_path_factory.mktemp("run")
     latents = np.random.default_rng(1).normal(size=(60, 2)) * [2, 1]
     model = synthetic.write_model(tmp_path / "model.zarr", latents)
+    synthetic.write_reconstruction(tmp_path / "reconstruction.zarr")
     config = Config(output=tmp_path, analyse=Analyse(states=3, trajectories=1, steps=4, umap=False))
     analyse.run(config, model=model, output=tmp_path / "analysis.zarr")
     (tmp_path / "parts_masks").mkdir()
@@ -37,9 +39,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, synthetic: SimpleNamesp
     return tmp_path
 
 
-def run(folder: Path, name: str = "volumes", **own: int) -> Path:
+def run(folder: Path, name: str = "volumes", reconstruction: str = "reconstruction", **own: int) -> Path:
     config = Config(output=folder, assemble=Assemble(**own))
-    assemble.run(config, model=folder / "model.zarr", analysis=folder / "analysis.zarr", output=folder / f"{name}.zarr")
+    inputs = {kind: folder / f"{stem}.zarr" for kind, stem in zip(INPUTS, ("model", "analysis", reconstruction), strict=True)}
+    assemble.run(config, **inputs, output=folder / f"{name}.zarr")
     return folder / f"{name}.zarr"
 
 
@@ -72,7 +75,8 @@ def test_volumes_are_the_mixture(run_folder: Path, synthetic: SimpleNamespace, b
 def test_same_maps_on_more_ranks(run_folder: Path, ranks: int) -> None:
     alone = stores.open_store(run_folder / "volumes.zarr", "volumes")
     several = f"ranks{ranks}"
-    files = ["--config", "config.yaml", "--model", "model.zarr", "--analysis", "analysis.zarr", "--output", f"{several}.zarr"]
+    files = ["--config", "config.yaml", "--model", "model.zarr", "--analysis", "analysis.zarr"]
+    files += ["--reconstruction", "reconstruction.zarr", "--output", f"{several}.zarr"]
     command = [str(MPIEXEC), "-n", str(ranks), sys.executable, "-m", "cryospire", "assemble", *files]
     done = subprocess.run(command, cwd=run_folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -88,7 +92,8 @@ def test_same_maps_on_more_ranks(run_folder: Path, ranks: int) -> None:
 
 def test_one_ranks_error_ends_all(run_folder: Path) -> None:
     """Rank 0 refuses to overwrite; rank 1 waits for it, and must not hang."""
-    files = ["--config", "config.yaml", "--model", "model.zarr", "--analysis", "analysis.zarr", "--output", "volumes.zarr"]
+    files = ["--config", "config.yaml", "--model", "model.zarr", "--analysis", "analysis.zarr"]
+    files += ["--reconstruction", "reconstruction.zarr", "--output", "volumes.zarr"]
     command = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "cryospire", "assemble", *files]
     done = subprocess.run(command, cwd=run_folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -145,12 +150,31 @@ def test_fuse_tree_joins_neighbours() -> None:
     assert bodies.tree(np.array([[0, 0, 0], [30, 0, 0], [10, 0, 0], [20, 0, 0.0]])) == "0>2,2>3,3>1"
 
 
-def test_rigid_recovers_a_turn() -> None:
-    from scipy.spatial.transform import Rotation
+def test_detail_is_carried_with_its_part(run_folder: Path, synthetic: SimpleNamespace) -> None:
+    """A blob planted beside the second part at rest is found where the part's own anchor takes it; the first part adds nothing."""
+    place, width = np.array([40.0, 15, -10]), 8.0
+    axis = (np.arange(synthetic.box) - synthetic.box // 2) * synthetic.pixel
+    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
 
-    rng = np.random.default_rng(2)
-    start, turn = rng.normal(size=(50, 3)), Rotation.random(rng=3).as_matrix()
-    assert np.allclose(assemble.rigid(start, start @ turn.T + [3, -4, 5], rng.uniform(1, 2, 50)), turn, atol=1e-12)
+    def blob(at: np.ndarray) -> np.ndarray:
+        return np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2) / (2 * width**2)).astype(np.float32)
+
+    detail = np.stack([np.zeros_like(x, np.float32), blob(place)])
+    synthetic.write_reconstruction(run_folder / "planted.zarr", detail)
+    plain_run, with_detail = run(run_folder, "without"), run(run_folder, "with", "planted")
+    added, bare = (stores.read(stores.open_store(p, "volumes"), "states") for p in (with_detail, plain_run))
+    mixture = synthetic.two_part_mixture()
+    latents = torch.from_numpy(stores.read(stores.open_store(run_folder / "analysis.zarr", "analysis"), "states/latent"))
+    rotation, way = mixture.anchor_pose(latents)
+    middle = mixture.anchor_centre[:, 1].numpy() * synthetic.pixel
+    for s in range(len(latents)):
+        moved = rotation[s, 1].numpy() @ (place - middle) + middle + way[s, 1].numpy() * synthetic.pixel
+        seen = added[s] - bare[s]
+        found = np.array([(seen * w).sum() for w in (x, y, z)]) / seen.sum()
+        present = float(mixture.occupancies(latents[s : s + 1], mixture.features)[0, mixture.centre.shape[1] // 2 :].mean())
+        assert np.linalg.norm(found - moved) < 0.15 * synthetic.pixel, (found, moved)
+        assert np.linalg.norm(moved - place) > synthetic.pixel, "it moved"
+        assert seen.sum() == pytest.approx(present * blob(place).sum(), rel=0.03)
 
 
 def test_latents_of_another_model_are_refused(run_folder: Path, synthetic: SimpleNamespace, tmp_path: Path) -> None:
@@ -158,5 +182,8 @@ def test_latents_of_another_model_are_refused(run_folder: Path, synthetic: Simpl
     config = Config(output=tmp_path, analyse=Analyse(umap=False))
     analyse.run(config, model=other, output=tmp_path / "foreign.zarr")
     with pytest.raises(InputError, match="3 dimensions"):
-        assemble.run(config, model=run_folder / "model.zarr", analysis=tmp_path / "foreign.zarr", output=tmp_path / "v.zarr")
+        assemble.run(
+            config, model=run_folder / "model.zarr", analysis=tmp_path / "foreign.zarr",
+            reconstruction=run_folder / "reconstruction.zarr", output=tmp_path / "v.zarr",
+        )  # fmt: skip
     assert not (tmp_path / "v.zarr").exists()

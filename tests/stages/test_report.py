@@ -59,7 +59,8 @@ def test_whole_page(run_folder: Path) -> None:
         if source.startswith("data:"):
             raw = base64.b64decode(source.split(",", 1)[1])
             assert raw[:4] == b"\x89PNG" or b"<svg" in raw[:1000]
-    for title in ("Data", "Consensus", "Training", "Parts", "Latent space", "States", "Trajectories", "Occupancy", "Time and memory"):
+    titles = "Data, Consensus, Training, Parts, Maps of parts, Latent space, States, Trajectories, Occupancy, Time and memory"
+    for title in titles.split(", "):
         assert "<figure>" in section(text, title), title
     assert "300" in section(text, "Data") and "15.0 Å" in section(text, "Consensus") and "1:30" in section(text, "Time and memory")
     assert re.findall(r'max="(\d+)" value="0" data-flip', text) == ["3", "3"]  # four steps of two trajectories
@@ -68,7 +69,7 @@ def test_whole_page(run_folder: Path) -> None:
 
 def test_empty_run_names_what_is_missing(tmp_path: Path) -> None:
     text = html(tmp_path)
-    assert text.count("Not in this run") == 11  # all but the programs' versions
+    assert text.count("Not in this run") == 12  # all but the programs' versions
     with pytest.raises(InputError, match="no such folder"):
         report.run(Config(), results=tmp_path / "nowhere", output=tmp_path / "r.html")
 

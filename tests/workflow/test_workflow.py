@@ -21,8 +21,8 @@ from cryospire import config as configuration
 from cryospire.site import estimate, lock
 
 ROOT = Path(__file__).parents[2]
-STORES = ("particles", "consensus", "discovery", "parts", "model", "analysis", "volumes")
-AFTER_TRAIN = {"analyse", "assemble", "evaluate", "report"}
+STORES = ("particles", "consensus", "discovery", "parts", "model", "reconstruction", "analysis", "volumes")
+AFTER_TRAIN = {"reconstruct", "analyse", "assemble", "evaluate", "report"}
 AFTER_PARTS = {"train"} | AFTER_TRAIN
 AFTER_DISCOVER = {"parts"} | AFTER_PARTS
 AFTER_PREPROCESS = {"consensus", "discover"} | AFTER_DISCOVER
@@ -131,6 +131,7 @@ FOLLOWS = {
     "discover": {"discover"} | AFTER_DISCOVER,
     "parts": AFTER_DISCOVER,
     "train": AFTER_PARTS,
+    "reconstruct": {"reconstruct", "assemble", "evaluate", "report"},
     "analyse": {"analyse", "assemble", "report"},
     "assemble": {"assemble", "report"},
     "evaluate": {"evaluate", "report"},

@@ -2,6 +2,7 @@ rule assemble:
     input:
         model=store("model"),
         analysis=store("analysis"),
+        reconstruction=store("reconstruction"),
     output:
         store("volumes"),
     log:
@@ -25,5 +26,6 @@ rule assemble:
         "assemble: volumes of states and trajectories"
     shell:
         "({params.launch} cryospire assemble --config {params.config} "
-        "--model $(dirname {input.model}) --analysis $(dirname {input.analysis}) --output $(dirname {output}) "
+        "--model $(dirname {input.model}) --analysis $(dirname {input.analysis}) "
+        "--reconstruction $(dirname {input.reconstruction}) --output $(dirname {output}) "
         "2>&1) | tee -a {log}"

@@ -1,6 +1,7 @@
 rule evaluate:
     input:
         model=store("model"),
+        reconstruction=store("reconstruction"),
         consensus=store("consensus"),
         particles=store("particles"),
         labels=TRUTH / "labels.npy",

@@ -1,6 +1,6 @@
 rule report:
     input:
-        [store(name) for name in ("particles", "consensus", "discovery", "parts", "model", "analysis", "volumes")],
+        [store(name) for name in ("particles", "consensus", "discovery", "parts", "model", "reconstruction", "analysis", "volumes")],
         [R / "evaluation.json"] if TRUTH else [],
     output:
         R / "report.html",

@@ -1,0 +1,31 @@
+"""MPI: a stage over any number of ranks, all of which end when one does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cryospire.conventions import InputError
+
+
+def over_ranks(work: Callable[[Any], None]) -> None:
+    """``work(comm)`` on every rank: of mpiexec or srun, or of this process alone."""
+    from mpi4py import MPI  # importing it starts MPI
+
+    comm = MPI.COMM_WORLD
+    try:
+        work(comm)
+    except BaseException as error:
+        if comm.size == 1:
+            raise
+        # The others wait in a barrier for this rank: end them all, with the exit code the command alone would have.
+        known = isinstance(error, InputError)
+        if not known:
+            import traceback
+
+            traceback.print_exc()
+        print(f"cryospire: error: {error}" + ("" if known else f" (rank {comm.rank})"), file=sys.stderr, flush=True)
+        time.sleep(1)  # MPICH's launcher drops what it has not yet passed on when it is told to abort
+        comm.Abort(2 if known else 1)

@@ -1,0 +1,176 @@
+"""Detail from the images, over any number of MPI ranks: what the Gaussians leave of each image, inserted in the frame of each part.
+
+An image minus the mixture's projection at its own latent is, in the frame of a part, a slice of what the part still lacks: its
+detail, which the moved Gaussians are too smooth or too few for.  Motion is undone in the slice's orientation and shift, absence in
+its weight, and the rest of the molecule is subtracted rather than smeared.  Least squares of all slices (``maths.insertion``) and
+the Wiener filter of its half-maps give the detail; where the images say nothing, the mixture stays as it is.
+
+A part's map and half-maps are made in the same way of images without the other parts' Gaussians: signal subtraction, as in
+multi-body refinement (Nakane et al. 2018); its own Gaussians play no role in them but through motion and mask.
+Latents and motion come from one model of all particles, as angles do in a refinement that does not keep half-sets apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryospire import kernels
+from cryospire.config import Config
+from cryospire.conventions import InputError
+from cryospire.io import mrc, stores
+from cryospire.kernels.insertion import insert
+from cryospire.log import Progress, say
+from cryospire.maths import fourier, insertion, masks, metrics
+from cryospire.stages.consensus import BATCH, THRESHOLD, wiener
+from cryospire.stages.detail import frames, part_of_gaussians
+from cryospire.stages.ranks import over_ranks
+from cryospire.training.data import Particles, Rows
+from cryospire.training.loop import start_threads
+from cryospire.training.model import Mixture, load, load_latents
+
+EDGE = 4.0  # pixels over which a part's mask falls
+
+
+@dataclass(frozen=True)
+class Body:
+    """One part at rest, maps (z, y, x) and FSCs of half-maps in the mask (shells,): the ``residual`` that all Gaussians
+    leave of the images, and the map ``both`` of images without the other parts' Gaussians, with its half-maps (2, z, y, x)."""
+
+    mask: Tensor
+    residual: Tensor
+    fsc_detail: Tensor
+    halves: Tensor
+    both: Tensor
+    fsc: Tensor
+
+    @property
+    def detail(self) -> Tensor:
+        """The residual map, filtered shell by shell by what its half-maps agree on, in the mask."""
+        f = self.fsc_detail.clamp(min=0)
+        return fourier.apply_radial(self.residual, 2 * f / (1 + f), 3) * self.mask
+
+    @property
+    def map(self) -> Tensor:
+        """Gaussians and residual, filtered by the FSC of the whole."""
+        return fourier.apply_radial(self.both, wiener(self.fsc), 3)
+
+
+def run(config: Config, *, particles: Path, model: Path, output: Path, force: bool = False) -> None:
+    """particles.zarr, model.zarr -> reconstruction.zarr and a folder of maps beside it; alone or under mpiexec or srun."""
+    over_ranks(lambda comm: reconstruct(comm, config, particles, model, output, force))
+
+
+def reconstruct(comm: Any, config: Config, particles: Path, model: Path, output: Path, force: bool) -> None:
+    """What ``run`` does, over the ranks of ``comm``; each owns a range of the particles."""
+    data, mixture = Particles(stores.open_store(particles, "particles")), load(model)
+    latents, part = load_latents(model, data.id), part_of_gaussians(model)
+    if (mixture.box, mixture.pixel_size) != (data.box, data.pixel_size):
+        grids = [f"box {x.box} of {x.pixel_size:g} Å" for x in (mixture, data)]
+        raise InputError(f"{model}: {grids[0]}, but {particles} has {grids[1]}; run train again")
+    parts = int(part.max()) + 1
+    if comm.rank == 0:
+        stores.check_replaceable(output, "reconstruction", config={}, force=force)
+    comm.Barrier()
+    start_threads(config.threads)
+    numerator, weight = (x.unflatten(0, (parts, 2, 2)) for x in insertion.accumulators(4 * parts, data.box, insertion.padding(data.box)))
+    blocks = np.array_split(np.arange(0, len(data), data.block), comm.size)[comm.rank]
+    mine = np.arange(blocks[0], min(blocks[-1] + data.block, len(data))) if len(blocks) else np.arange(0)
+    with Progress("reconstruct", len(mine), metrics=output.parent / "logs" / "reconstruct.metrics.jsonl") as progress:
+        for rows in np.split(mine, range(BATCH, len(mine), BATCH)) if len(mine) else []:
+            add(numerator, weight, mixture, part, latents[rows], data, rows)
+            progress.advance(len(rows), f"of rank 0, {comm.size} rank(s)")
+        progress.record(ranks=comm.size)
+    for sums in (*numerator.flatten(0, 2), *weight.flatten(0, 2)):
+        total = np.empty_like(sums.numpy()) if comm.rank == 0 else None
+        comm.Reduce(sums.numpy(), total)
+        if total is not None:
+            sums.copy_(torch.from_numpy(total))
+    if comm.rank == 0:
+        found = [body(mixture, part == k, numerator[k], weight[k]) for k in range(parts)]
+        write(found, output, config, {"particles": particles, "model": model}, mixture, force)
+    comm.Barrier()
+
+
+def of_parts(mixture: Mixture, part: Tensor, z: Tensor, data: Particles, rows: Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each part: slices (2, n, box, box // 2 + 1) of images without the other parts' Gaussians and without any, their weights
+    (n, ...), and rotations (n, 3, 3).
+
+    A point x of the part at rest is seen at ``R (R_p x + t_p) + shift``, as strongly as the part is there.
+    """
+    images, transfer = torch.from_numpy(data.read(rows).astype(np.float32)), data.transfer(rows)
+    rotation, shift = data.rotation[rows], data.shift[rows]
+    with torch.no_grad():
+        own = [fourier.irfft(fourier.rfft(seen) * transfer) for seen in mixture.project_parts(part, z, rotation, shift)]
+    residual = images - torch.stack(own).sum(0)
+    turn, way, present = frames(mixture, part, z)
+    for k, seen in enumerate(own):
+        place = ((rotation @ way[:, k, :, None])[:, :2, 0] + shift) / mixture.pixel_size
+        mine, weights = insertion.weighted_slices(residual + seen, transfer * present[:, k, None, None], place)
+        none, _ = insertion.weighted_slices(residual, transfer * present[:, k, None, None], place)
+        yield torch.stack([mine, none]), weights, rotation @ turn[:, k]
+
+
+def add(numerator: Tensor, weight: Tensor, mixture: Mixture, part: Tensor, z: Tensor, data: Particles, rows: Rows) -> None:
+    """Insert images of rows into sums (P, 2, 2, ...) of each part: with and without its own Gaussians, for both half-sets."""
+    half = torch.from_numpy(data.half_set[rows].astype(np.int64) - 1)
+    for k, (slices, weights, rotation) in enumerate(of_parts(mixture, part, z, data, rows)):
+        which = torch.cat([half, 2 + half])
+        insert(
+            numerator[k].flatten(0, 1),
+            weight[k].flatten(0, 1),
+            slices.flatten(0, 1),
+            weights.repeat(2, 1, 1),
+            rotation.repeat(2, 1, 1),
+            which,
+        )
+
+
+def body(mixture: Mixture, mine: Tensor, numerator: Tensor, weight: Tensor) -> Body:
+    """Maps of the part whose Gaussians are ``mine`` (G,; boolean), from its sums (2, 2, ...)."""
+    grid = mixture.box, mixture.pixel_size
+    peak = (mixture.relative_amplitude * mixture.amplitude_unit)[mine]
+    own = kernels.render_volume(mixture.centre.T[mine] * mixture.pixel_size, peak, mixture.scale[mine], *grid)
+    mask = masks.soft_mask(own, 0.0, EDGE)
+    halves, residual = (
+        torch.stack([insertion.reconstruct(n[h], w[h], *grid) for h in (0, 1)]) for n, w in zip(numerator, weight, strict=True)
+    )
+    both, detail = (insertion.reconstruct(n.sum(0), w.sum(0), *grid) for n, w in zip(numerator, weight, strict=True))
+    fsc, fsc_detail = (metrics.fsc(pair[0], pair[1], mask) for pair in (halves, residual))
+    return Body(mask, detail, fsc_detail, halves, both, fsc)
+
+
+def write(found: list[Body], output: Path, config: Config, inputs: dict[str, Path], mixture: Mixture, force: bool) -> None:
+    """The store, and for each part map, half-maps and mask as .mrc: what a post-processing program takes."""
+    grid: dict[str, Any] = {"pixel_size": mixture.pixel_size, "box": mixture.box}
+    group = stores.create(output, "reconstruction", config={}, seed=config.seed, inputs=inputs, force=force, **grid)
+    folder = output.with_suffix("")
+    for old in folder.glob("part_*.mrc"):
+        old.unlink()
+    resolution = [metrics.resolution(b.fsc, THRESHOLD, mixture.pixel_size) for b in found]
+    group.attrs.update({"gaussians": mixture.centre.shape[1], "resolution": resolution, "threshold": THRESHOLD})
+    zyx, density = ("part", "z", "y", "x"), "image unit / Å"
+    for name, words, unit in (
+        ("detail", "what the images add to the Gaussians of a part at rest, filtered and masked", density),
+        ("map", "part at rest: Gaussians and images, filtered by the FSC of half-maps", density),
+        ("mask", "soft mask of the part", ""),
+    ):
+        stores.put(group, name, torch.stack([getattr(b, name) for b in found]).numpy(), zyx, words, unit)
+    halves = torch.stack([b.halves for b in found]).numpy()
+    stores.put(group, "half_maps", halves, ("part", "half", *zyx[1:]), "the same from half the particles, unfiltered", density)
+    for name, words in (("fsc", "FSC of half-maps in the mask"), ("fsc_detail", "FSC of half-maps without the Gaussians, in the mask")):
+        stores.put(group, name, torch.stack([getattr(b, name) for b in found]).numpy(), ("part", "shell"), words)
+    for k, b in enumerate(found):
+        for name, volume in {"map": b.map, "half1": b.halves[0], "half2": b.halves[1], "mask": b.mask}.items():
+            mrc.write_volume(folder / f"part_{k + 1}_{name}.mrc", volume.numpy(), mixture.pixel_size)
+    stores.finish(group)
+    for k, (b, r) in enumerate(zip(found, resolution, strict=True)):
+        edge = ", the finest that the box holds" if r <= 2.01 * mixture.pixel_size else ""
+        share = 100 * float(b.mask.mean())
+        say(f"reconstruct: part {k + 1}: {r:.2f} Å at FSC {THRESHOLD} of half-maps in its mask, which fills {share:.1f} % of the box{edge}")

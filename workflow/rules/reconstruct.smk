@@ -1,0 +1,29 @@
+rule reconstruct:
+    input:
+        particles=store("particles"),
+        model=store("model"),
+    output:
+        store("reconstruction"),
+    log:
+        R / "logs" / "reconstruct.log",
+    benchmark:
+        R / "benchmarks" / "reconstruct.tsv"
+    conda:
+        "../../envs/cpu.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=resource("reconstruct", "mem_mb"),
+        runtime=resource("reconstruct", "runtime"),
+        gpu=resource("reconstruct", "gpu"),
+        nodes=resource("reconstruct", "nodes"),
+        tasks=resource("reconstruct", "tasks"),
+    params:
+        settings=depends(),
+        config=config_file,
+        launch=mpi,
+    message:
+        "reconstruct: what the images know beyond the Gaussians"
+    shell:
+        "({params.launch} cryospire reconstruct --config {params.config} "
+        "--particles $(dirname {input.particles}) --model $(dirname {input.model}) --output $(dirname {output}) "
+        "2>&1) | tee -a {log}"
