@@ -49,7 +49,7 @@ class Preprocess(Section):
     window: bool = Field(True, description="multiply by a soft circle, 1 inside 0.85 of the half box and 0 beyond 0.99")
     dtype: Literal["float16", "float32"] = "float16"
     shard_mib: int = Field(64, ge=1, description="size of a shard file; one dask task reads and writes one shard")
-    workers: int = Field(2, ge=1, description="dask worker processes on this machine")
+    workers: int = Field(2, ge=1, description="dask workers on this machine, a thread each")
 
 
 class Consensus(Section):

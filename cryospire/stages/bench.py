@@ -30,6 +30,7 @@ from cryospire.io import stores
 from cryospire.log import say
 from cryospire.maths import projection
 from cryospire.maths.losses import residual_energy
+from cryospire.stages import bench_preprocess
 from cryospire.stages.bench_feed import SPECIMEN, simulated, sources, stream
 from cryospire.stages.bench_machine import REPEATS, ceilings, forget_peak, machine, median_time, peak_gb, resident, show, wait
 from cryospire.stages.discover import seed_density
@@ -63,6 +64,7 @@ class Plan:
     gaussians: tuple[int, ...]  # of the fit of cost against G; the cases hold those of stage 2
     boxes: tuple[int, ...]
     particles: tuple[int, ...]
+    preprocessed: tuple[int, ...]
     feed_box: int
     feed_particles: int  # of the comparison of disk and memory
     seconds: float  # for each thing timed, about
@@ -75,11 +77,11 @@ FULL = Plan(
         *(Case(2, "factorized", g, b, 32) for g in (8192, 16384) for b in (128, 256)),
         *(Case(2, "mlp", g, b, 2) for g in (8192, 16384) for b in (128, 256)),
     ),
-    (4096, 8192, 16384), (64, 128, 256), (10_000, 100_000, 1_000_000), 128, 8192, 0.4, 2048,
+    (4096, 8192, 16384), (64, 128, 256), (10_000, 100_000, 1_000_000), (10_000, 100_000), 128, 8192, 0.4, 2048,
 )  # fmt: skip
 QUICK = Plan(
     (Case(1, "mlp", 32, 16, 8), Case(2, "factorized", 64, 16, 8), Case(2, "mlp", 64, 16, 8)),
-    (32, 64, 128), (16, 24, 32), (200, 400, 800), 16, 300, 0.02, 128,
+    (32, 64, 128), (16, 24, 32), (200, 400, 800), (300, 600), 16, 300, 0.02, 128,
 )  # fmt: skip
 
 
@@ -92,6 +94,8 @@ def run(output: Path, quick: bool = False) -> None:
         for device in [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]:
             result["devices"][device.type] = measure(plan, device, Path(folder))
         result["feed"] = feed(plan, Path(folder))
+        say("bench: preprocess")
+        result["preprocess"] = bench_preprocess.rates(Path(folder), plan.preprocessed, plan.feed_box, plan.seconds)
     result["machine"]["load_after"] = os.getloadavg()
     output.write_text(json.dumps(result, indent=1))
     show(result, Console(width=None if sys.stdout.isatty() else WIDE))

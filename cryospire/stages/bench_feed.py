@@ -27,9 +27,9 @@ def simulated(path: Path, count: int, box: int, alike: bool = False) -> Particle
     decoded is the same, but it comes from the page cache.
     """
     rng = np.random.default_rng(0)
-    table = _table(count, box, rng)
+    columns = table(count, box, rng)
     pixel, shells = SPECIMEN / box, np.ones((1, box // 2 + 1), np.float32)
-    group = particles.create(path, table, box=box, pixel_size=pixel, power=shells, whitening=shells, config=SETTINGS, seed=0, inputs={})
+    group = particles.create(path, columns, box=box, pixel_size=pixel, power=shells, whitening=shells, config=SETTINGS, seed=0, inputs={})
     images = group["images"]
     shard = images.shards[0]
     noise = rng.standard_normal((min(shard, count), box, box), dtype=np.float32).astype(np.float16)
@@ -44,7 +44,8 @@ def simulated(path: Path, count: int, box: int, alike: bool = False) -> Particle
     return Particles(stores.open_store(path, "particles"))
 
 
-def _table(count: int, box: int, rng: np.random.Generator) -> ParticleTable:
+def table(count: int, box: int, rng: np.random.Generator) -> ParticleTable:
+    """Particles without names: random poses and defoci, one optics group."""
     one = np.ones(1)
     optics = Optics(["simulated"], 300 * one, 2.7 * one, 0.1 * one, SPECIMEN / box * one, np.full(1, box), 0 * one, 0 * one, [[]], [[]])
     defocus = rng.uniform(1e4, 2.5e4, count)

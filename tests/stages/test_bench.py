@@ -37,13 +37,16 @@ def test_growth_has_three_points(result: dict) -> None:
     for growth in result["devices"]["cpu"]["exponents"].values():
         assert len(growth["points"]) == 3
     assert len(result["feed"]["against_particles"]) == 3
+    rates = [*(r["images_per_second"] for r in result["preprocess"]["runs"]), result["preprocess"]["transforms_per_second_of_a_core"]]
+    assert len(rates) >= 3 and np.isfinite(rates).all() and min(rates) > 0
 
 
 def test_tables_name_machine_and_rates(result: dict) -> None:
     console = Console(record=True, width=240)
     bench_machine.show(result, console)
     text = console.export_text()
-    for word in (result["machine"]["cpu"], "factorized", "dense/splat", "cost ~ gaussians^p", "cost ~ box^p", "page cache"):
+    words = ("factorized", "dense/splat", "cost ~ gaussians^p", "cost ~ box^p", "page cache", "there and back")
+    for word in (result["machine"]["cpu"], *words):
         assert word in text
 
 

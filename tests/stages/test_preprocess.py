@@ -52,7 +52,7 @@ def test_rows_poses_ctf_and_provenance_follow_the_source(tmp_path):
     assert (stores.read(other, "half_set") != half).any()
 
 
-def test_one_process_or_two_and_any_shard_size_give_the_same_store(tmp_path):
+def test_one_worker_or_two_and_any_shard_size_give_the_same_store(tmp_path):
     planted = plant(tmp_path, n=1200, box=32)
     one = stores.read(run(tmp_path, planted.star, "one.zarr", shard_mib=64), "images")
     group = run(tmp_path, planted.star, "two.zarr", shard_mib=2, workers=2)
