@@ -20,7 +20,7 @@ from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import bodies, chimerax, mrc, stores
 from cryospire.maths import rigid
-from cryospire.stages.detail import Details, part_of_gaussians
+from cryospire.stages.detail import Details
 from cryospire.stages.ranks import over_ranks
 from cryospire.training.model import Mixture, load
 
@@ -56,7 +56,7 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, reconstruct
         raise InputError(f"{analysis}: latents have {states.shape[1]} dimensions, {model} has {mixture.latent}; run analyse again")
     box = config.assemble.box or mixture.box
     pixel_size = mixture.pixel_size * mixture.box / box
-    details = Details.load(reconstruction, mixture, part_of_gaussians(model), box)
+    details = Details.load(reconstruction, model, mixture, box)
     folder = output.with_suffix("")
     if comm.rank == 0:
         inputs = {"model": model, "analysis": analysis, "reconstruction": reconstruction}

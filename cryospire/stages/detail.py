@@ -60,13 +60,13 @@ class Details:
     pixel_size: float
 
     @staticmethod
-    def load(path: Path, mixture: Mixture, part: Tensor, box: int) -> Details:
+    def load(path: Path, model: Path, mixture: Mixture, box: int) -> Details:
         """Of reconstruction.zarr, on the grid of ``box`` pixels that covers the same field.  Raises InputError for another model's."""
-        group = stores.open_store(path, "reconstruction")
+        group, part = stores.open_store(path, "reconstruction"), part_of_gaussians(model)
+        made_from: Any = group.attrs["inputs"]
+        if made_from["model"]["hash"] != stores.fingerprint(model):
+            raise InputError(f"{path}: made from another model than {model}; run reconstruct again")
         detail, mask = (torch.from_numpy(stores.read(group, name)) for name in ("detail", "mask"))
-        if len(detail) != int(part.max()) + 1 or group.attrs["gaussians"] != len(part):
-            made = f"{group.attrs['gaussians']} Gaussians and {len(detail)} parts"
-            raise InputError(f"{path}: made with another model, of {made}; run reconstruct again")
         detail, mask = fourier.crop(detail, box, 3), fourier.crop(mask, box, 3).clamp(0, 1)
         splines = np.stack([ndimage.spline_filter(d.numpy(), output=np.float32) for d in detail])
         return Details(mixture, part, splines, mask.numpy(), mixture.pixel_size * mixture.box / box)

@@ -74,7 +74,7 @@ def run(config: Config, *, model: Path, consensus: Path, particles: Path, truth:
     say(f"evaluate: {len(data):,} particles, {len(known.volumes)} states; the area under a perfect FSC is 0.5")
     say(f"{'':<18}{'AUC (sd)':>16}{'unmasked':>10}{'difference (sd)':>18}{'per image':>12}{'difference':>12}")
     refined = model.with_name("reconstruction.zarr")
-    details = Details.load(refined, found["stage 2"][0], part_of_gaussians(model), data.box) if refined.exists() else None
+    details = Details.load(refined, model, found["stage 2"][0], data.box) if refined.exists() else None
     count, log = 2 + len(found) + (details is not None), output.parent / "logs" / "evaluate.metrics.jsonl"
     with Progress("evaluate", count, "methods", log, every=math.inf) as progress:
         for name, volumes in methods(data, known, stores.open_store(consensus, "consensus"), found, details):

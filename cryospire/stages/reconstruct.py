@@ -154,7 +154,7 @@ def write(found: list[Body], output: Path, config: Config, inputs: dict[str, Pat
     for old in folder.glob("part_*.mrc"):
         old.unlink()
     resolution = [metrics.resolution(b.fsc, THRESHOLD, mixture.pixel_size) for b in found]
-    group.attrs.update({"gaussians": mixture.centre.shape[1], "resolution": resolution, "threshold": THRESHOLD})
+    group.attrs.update({"resolution": resolution, "threshold": THRESHOLD})
     zyx, density = ("part", "z", "y", "x"), "image unit / Å"
     for name, words, unit in (
         ("detail", "what the images add to the Gaussians of a part at rest, filtered and masked", density),

@@ -121,9 +121,10 @@ def write_parts(path: Path) -> Path:
 
 
 def write_reconstruction(path: Path, detail: np.ndarray | None = None) -> Path:
-    """Images that add nothing to the two blobs, or the given detail (2, z, y, x); half-maps agree to shell 8."""
-    group = stores.create(path, "reconstruction", config={}, seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
-    group.attrs.update({"gaussians": two_part_mixture().centre.shape[1], "resolution": [BOX * PIXEL / 8] * 2, "threshold": 0.143})
+    """Of the model beside it: images that add nothing, or the given detail (2, z, y, x); half-maps agree to shell 8."""
+    inputs = {"model": path.with_name("model.zarr")}
+    group = stores.create(path, "reconstruction", config={}, seed=0, inputs=inputs, pixel_size=PIXEL, box=BOX)
+    group.attrs.update({"resolution": [BOX * PIXEL / 8] * 2, "threshold": 0.143})
     zyx = ("part", "z", "y", "x")
     stores.put(group, "detail", np.zeros((2, BOX, BOX, BOX), np.float32) if detail is None else detail, zyx, "detail", "image unit / Å")
     stores.put(group, "mask", np.ones((2, BOX, BOX, BOX), np.float32) / 2, zyx, "mask")

@@ -177,6 +177,14 @@ def test_detail_is_carried_with_its_part(run_folder: Path, synthetic: SimpleName
         assert seen.sum() == pytest.approx(present * blob(place).sum(), rel=0.03)
 
 
+def test_detail_of_another_model_is_refused(run_folder: Path, synthetic: SimpleNamespace, tmp_path: Path) -> None:
+    stores.writable(synthetic.write_model(tmp_path / "model.zarr", np.zeros((7, 2)))).attrs["seed"] = 1
+    inputs = {"model": tmp_path / "model.zarr", **{name: run_folder / f"{name}.zarr" for name in ("analysis", "reconstruction")}}
+    with pytest.raises(InputError, match="made from another model"):
+        assemble.run(Config(output=tmp_path), **inputs, output=tmp_path / "v.zarr")
+    assert not (tmp_path / "v.zarr").exists()
+
+
 def test_latents_of_another_model_are_refused(run_folder: Path, synthetic: SimpleNamespace, tmp_path: Path) -> None:
     other = synthetic.write_latents(tmp_path / "other.zarr", np.random.default_rng(0).normal(size=(30, 3)))
     config = Config(output=tmp_path, analyse=Analyse(umap=False))
