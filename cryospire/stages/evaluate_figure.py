@@ -29,7 +29,6 @@ def draw(result: dict[str, Any], latents: dict[str, Tensor], label: Tensor, path
     curves(axes[1], result, "difference", "differences from the mean volume")
     for name, m in result["methods"].items():
         axes[2].plot(m["auc"]["states"], ".-", color=COLOURS.get(name), label=name)
-    axes[2].legend(frameon=False, fontsize=8)
     axes[2].set(xlabel="true state", ylabel="area under FSC", title="every state")
     for axis, (name, z) in zip(axes[3:], latents.items(), strict=False):
         near = result["models"][name]["latents"]["neighbours"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from cryospire.io import stores
 from cryospire.stages import evaluate_model
@@ -145,8 +146,10 @@ def part_maps(results: Results) -> str:
         "FSC of half-maps of each part in its mask; dotted, of what its images hold beyond the Gaussians. "
         "Motion and latents come from all particles.",
     )
-    views = figures.state_grid(list(array(group, "map")), pixel, names)
-    grid = page.image(views, "Projections along z (above) and central slices (below) of parts at rest.")
+    middle = [np.rint(ndimage.center_of_mass(mask)).astype(int) for mask in array(group, "mask")]
+    centred = [np.roll(v, box // 2 - m, (0, 1, 2)) for v, m in zip(array(group, "map"), middle, strict=True)]
+    views = figures.state_grid(centred, pixel, names)
+    grid = page.image(views, "Parts at rest, each in the middle: projections along z (above) and central slices (below).")
     said = f"Images without the other parts, each part's motion undone. {'; '.join(names)} (FSC 0.143); the box ends at {2 * pixel:.1f} Å."
     return page.text(said, "Maps, half-maps and masks for post-processing are in reconstruction/.") + page.row(curves, grid)
 
