@@ -62,4 +62,4 @@ def scores(evaluation: dict[str, Any]) -> Iterator[str]:
     """Area under the FSC against the truth, of every method beside the consensus map."""
     yield f"truth       {evaluation['states']} states; area under the FSC (best 0.5), and of differences from the mean (consensus: 0)"
     for name, values in evaluation["methods"].items():
-        yield f"  {name:<16}{values['auc']['mean']:.3f}   differences {values['difference']['mean']:.3f}"
+        yield f"  {name:<18}{values['auc']['mean']:.3f}   differences {values['difference']['mean']:.3f}"
