@@ -55,6 +55,8 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, reconstruct
     if states.shape[1] != mixture.latent:
         raise InputError(f"{analysis}: latents have {states.shape[1]} dimensions, {model} has {mixture.latent}; run analyse again")
     box = config.assemble.box or mixture.box
+    if box % 2:
+        raise InputError(f"assemble.box: {box} is odd; boxes are even")
     pixel_size = mixture.pixel_size * mixture.box / box
     details = Details.load(reconstruction, model, mixture, box)
     folder = output.with_suffix("")

@@ -72,14 +72,17 @@ class Details:
         return Details(mixture, part, splines, mask.numpy(), mixture.pixel_size * mixture.box / box)
 
     def at(self, latent: Tensor) -> NDArray[np.float32]:
-        """What to add to the mixture's volume [z, y, x] at one latent (D,): shared out where two parts' masks meet."""
+        """What to add to the mixture's volume [z, y, x] at one latent (D,): each detail as far as its part is there; where masks meet,
+        their mean, weighted by that."""
         rotation, translation, present = (values[0].numpy() for values in frames(self.mixture, self.part, latent[None]))
-        total, covered = np.zeros_like(self.mask[0]), np.zeros_like(self.mask[0])
+        total, masks, most = np.zeros_like(self.mask[0]), np.zeros_like(self.mask[0]), np.full_like(self.mask[0], FAINT)
         for k, o in enumerate(present):
             pose = rotation[k], translation[k] / self.pixel_size
-            total += o * carry(self.detail[k], *pose, order=3)
-            covered += o * carry(self.mask[k], *pose, order=1)
-        shared: NDArray[np.float32] = total / np.maximum(covered, 1)
+            total += o * o * carry(self.detail[k], *pose, order=3)
+            mask = carry(self.mask[k], *pose, order=1)
+            masks += o * mask
+            most = np.maximum(most, o * (mask > 0))
+        shared: NDArray[np.float32] = total / np.maximum(masks, most)
         return shared
 
 

@@ -7,7 +7,8 @@ the Wiener filter of its half-maps give the detail; where the images say nothing
 
 A part's map and half-maps are made in the same way of images without the other parts' Gaussians: signal subtraction, as in
 multi-body refinement (Nakane et al. 2018); its own Gaussians play no role in them but through motion and mask.
-Latents and motion come from one model of all particles, as angles do in a refinement that does not keep half-sets apart.
+Latents and motion come from one model of all particles: the FSC is no gold standard, as where angles come from one refinement of all.
+Only the other parts' Gaussians are subtracted; what these leave of them is smeared, and stays where masks meet.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from cryospire.io import mrc, stores
 from cryospire.kernels.insertion import insert
 from cryospire.log import Progress, say
 from cryospire.maths import fourier, insertion, masks, metrics
-from cryospire.stages.consensus import BATCH, THRESHOLD, wiener
+from cryospire.stages.consensus import THRESHOLD, wiener
 from cryospire.stages.detail import frames, part_of_gaussians
 from cryospire.stages.ranks import over_ranks
 from cryospire.training.data import Particles, Rows
 from cryospire.training.loop import start_threads
 from cryospire.training.model import Mixture, load, load_latents
 
+BATCH = 64  # images at once: the mlp head holds a few hundred numbers for every Gaussian of each
 EDGE = 4.0  # pixels over which a part's mask falls
 
 
@@ -54,11 +56,12 @@ class Body:
     def detail(self) -> Tensor:
         """The residual map, filtered shell by shell by what its half-maps agree on, in the mask."""
         f = self.fsc_detail.clamp(min=0)
+        f[:2] = f[2]  # one coefficient and a few correlate by chance
         return fourier.apply_radial(self.residual, 2 * f / (1 + f), 3) * self.mask
 
     @property
     def map(self) -> Tensor:
-        """Gaussians and residual, filtered by the FSC of the whole."""
+        """The part's map, filtered by the FSC of its half-maps."""
         return fourier.apply_radial(self.both, wiener(self.fsc), 3)
 
 
@@ -71,6 +74,8 @@ def reconstruct(comm: Any, config: Config, particles: Path, model: Path, output:
     """What ``run`` does, over the ranks of ``comm``; each owns a range of the particles."""
     data, mixture = Particles(stores.open_store(particles, "particles")), load(model)
     latents, part = load_latents(model, data.id), part_of_gaussians(model)
+    if not np.isin(data.half_set, (1, 2)).all():
+        raise InputError(f"{particles}: half_set: particles belong to half-set 1 or 2; run preprocess again")
     if (mixture.box, mixture.pixel_size) != (data.box, data.pixel_size):
         grids = [f"box {x.box} of {x.pixel_size:g} Å" for x in (mixture, data)]
         raise InputError(f"{model}: {grids[0]}, but {particles} has {grids[1]}; run train again")
@@ -158,13 +163,16 @@ def write(found: list[Body], output: Path, config: Config, inputs: dict[str, Pat
     zyx, density = ("part", "z", "y", "x"), "image unit / Å"
     for name, words, unit in (
         ("detail", "what the images add to the Gaussians of a part at rest, filtered and masked", density),
-        ("map", "part at rest: Gaussians and images, filtered by the FSC of half-maps", density),
+        ("map", "part at rest, of images without the other parts, filtered by the FSC of half-maps", density),
         ("mask", "soft mask of the part", ""),
     ):
         stores.put(group, name, torch.stack([getattr(b, name) for b in found]).numpy(), zyx, words, unit)
     halves = torch.stack([b.halves for b in found]).numpy()
     stores.put(group, "half_maps", halves, ("part", "half", *zyx[1:]), "the same from half the particles, unfiltered", density)
-    for name, words in (("fsc", "FSC of half-maps in the mask"), ("fsc_detail", "FSC of half-maps without the Gaussians, in the mask")):
+    for name, words in (
+        ("fsc", "FSC of half-maps in the mask"),
+        ("fsc_detail", "FSC of half-maps of what all Gaussians leave of the images, in the mask"),
+    ):
         stores.put(group, name, torch.stack([getattr(b, name) for b in found]).numpy(), ("part", "shell"), words)
     for k, b in enumerate(found):
         for name, volume in {"map": b.map, "half1": b.halves[0], "half2": b.halves[1], "mask": b.mask}.items():
@@ -173,4 +181,5 @@ def write(found: list[Body], output: Path, config: Config, inputs: dict[str, Pat
     for k, (b, r) in enumerate(zip(found, resolution, strict=True)):
         edge = ", the finest that the box holds" if r <= 2.01 * mixture.pixel_size else ""
         share = 100 * float(b.mask.mean())
-        say(f"reconstruct: part {k + 1}: {r:.2f} Å at FSC {THRESHOLD} of half-maps in its mask, which fills {share:.1f} % of the box{edge}")
+        words = f"{r:.2f} Å at FSC {THRESHOLD} of half-maps in its mask, which fills {share:.1f} % of the box{edge}"
+        say(f"reconstruct: part {k + 1}: {words}; latents and motion are of all particles")

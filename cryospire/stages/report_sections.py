@@ -150,7 +150,8 @@ def part_maps(results: Results) -> str:
     centred = [np.roll(v, box // 2 - m, (0, 1, 2)) for v, m in zip(array(group, "map"), middle, strict=True)]
     views = figures.state_grid(centred, pixel, names)
     grid = page.image(views, "Parts at rest, each in the middle: projections along z (above) and central slices (below).")
-    said = f"Images without the other parts, each part's motion undone. {'; '.join(names)} (FSC 0.143); the box ends at {2 * pixel:.1f} Å."
+    edge = f"(FSC 0.143, motion from all particles); the box ends at {2 * pixel:.1f} Å."
+    said = f"Images without the other parts, each part's motion undone. {'; '.join(names)} {edge}"
     return page.text(said, "Maps, half-maps and masks for post-processing are in reconstruction/.") + page.row(curves, grid)
 
 

@@ -210,7 +210,7 @@ def test_a_rank_killed_in_mid_epoch(slurm: Slurm, run: Path, snakemake: Workflow
 
 @pytest.mark.parametrize("ended", [pytest.param(False, marks=pytest.mark.slow), True], ids=["running", "ended"])
 def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: Workflow, undisturbed: Result, ended: bool) -> None:
-    """The job lives on; the next Snakemake takes it up, also where it has ended meanwhile, and it was submitted once."""
+    """The job lives on; the next Snakemake takes it up, or takes its output where it has ended meanwhile; it was submitted once."""
     process = snakemake()
     job = in_epoch(slurm, run, 1)
     process.kill()
@@ -221,7 +221,7 @@ def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: 
     ends_well(run, snakemake())
     assert submissions(slurm, job) == [job]
     same(run, undisturbed)
-    assert "Nothing to be done" in ends_well(run, snakemake()), "the end of the job is on Snakemake's record"
+    assert "Nothing to be done" in ends_well(run, snakemake())
 
 
 @pytest.mark.slow

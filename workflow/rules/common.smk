@@ -1,10 +1,8 @@
 """Shared by all stages: the checked config, the site, resources, and how ranks are started."""
 
 import json
-import os
 import shlex
 import sys
-from base64 import urlsafe_b64decode
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -122,23 +120,7 @@ def mpi(wildcards, threads, resources):
     return f"{SITE.mpi} {shape} {SITE.container}"
 
 
-def take_up():
-    """Have Snakemake ask about the jobs that it had submitted when it was killed.
-
-    It marks an output, with its job's id, until it has seen the job end.  Where a marked output exists already it would stop and
-    want to be told what to do; where that output is older than its inputs it asks the scheduler about the id, and waits, goes
-    on, or submits the job again.
-    """
-    marks = Path(".snakemake/incomplete")
-    for mark in (m for m in marks.rglob("*") if m.is_file() and m.name != "migration_underway"):
-        name = "".join(part.removeprefix("@") for part in mark.relative_to(marks).parts)
-        output = Path(urlsafe_b64decode(name).decode())
-        if json.loads(mark.read_text())["external_jobid"] and output.exists():
-            os.utime(output, (0, 0))
-
-
 if workflow.is_main_process:
-    take_up()
     shown = [s for s in estimate.STAGES if (s != "simulate" or CONFIG.simulate) and (s != "evaluate" or TRUTH)]
     print(estimate.summary(CONFIG, shown, DATA, SITE, THREADS), file=sys.stderr)
 
