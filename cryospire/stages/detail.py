@@ -75,14 +75,14 @@ class Details:
         """What to add to the mixture's volume [z, y, x] at one latent (D,): each detail as far as its part is there; where masks meet,
         their mean, weighted by that."""
         rotation, translation, present = (values[0].numpy() for values in frames(self.mixture, self.part, latent[None]))
-        total, masks, most = np.zeros_like(self.mask[0]), np.zeros_like(self.mask[0]), np.full_like(self.mask[0], FAINT)
+        total, masks, most = (np.zeros_like(self.mask[0]) for _ in range(3))
         for k, o in enumerate(present):
             pose = rotation[k], translation[k] / self.pixel_size
             total += o * o * carry(self.detail[k], *pose, order=3)
             mask = carry(self.mask[k], *pose, order=1)
             masks += o * mask
             most = np.maximum(most, o * (mask > 0))
-        shared: NDArray[np.float32] = total / np.maximum(masks, most)
+        shared: NDArray[np.float32] = total / np.where(most > FAINT, np.maximum(masks, most), 1)  # splines ring beyond the masks
         return shared
 
 
