@@ -127,7 +127,8 @@ def write_reconstruction(path: Path, detail: np.ndarray | None = None) -> Path:
     group.attrs.update({"resolution": [BOX * PIXEL / 8] * 2, "threshold": 0.143})
     zyx = ("part", "z", "y", "x")
     stores.put(group, "detail", np.zeros((2, BOX, BOX, BOX), np.float32) if detail is None else detail, zyx, "detail", "image unit / Å")
-    stores.put(group, "mask", np.ones((2, BOX, BOX, BOX), np.float32) / 2, zyx, "mask")
+    mask = np.full((2, BOX, BOX, BOX), 0.5, np.float32) if detail is None else (detail > 1e-3).astype(np.float32)
+    stores.put(group, "mask", mask, zyx, "mask")
     stores.put(group, "map", np.stack([render(two_part_mixture())] * 2), zyx, "map of the part", "image unit / Å")
     curve = 1 / (1 + np.exp(np.arange(BOX // 2 + 1) - 6.2))
     for name in ("fsc", "fsc_detail"):

@@ -175,6 +175,7 @@ def test_detail_is_carried_with_its_part(run_folder: Path, synthetic: SimpleName
         assert np.linalg.norm(found - moved) < 0.15 * synthetic.pixel, (found, moved)
         assert np.linalg.norm(moved - place) > synthetic.pixel, "it moved"
         assert seen.sum() == pytest.approx(present * blob(place).sum(), rel=0.03)
+        assert np.abs(seen).max() < 1.05  # beyond its mask, too
 
 
 def test_detail_of_another_model_is_refused(run_folder: Path, synthetic: SimpleNamespace, tmp_path: Path) -> None:
