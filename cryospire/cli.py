@@ -153,11 +153,15 @@ def evaluate(
     particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
     truth: Annotated[Path, typer.Option(help="folder of known volumes and labels", show_default=False)],
     output: Output,
+    reconstruction: Annotated[Path | None, typer.Option(help="reconstruction.zarr: the detail of parts is judged too")] = None,
 ) -> None:
     """FSC of every state against the known truth; latents, parts, motion and occupancy too."""
     from cryospire.stages import evaluate as stage
 
-    stage.run(configuration.load(config), model=model, consensus=consensus, particles=particles, truth=truth, output=output)
+    stage.run(
+        configuration.load(config), model=model, consensus=consensus, particles=particles, truth=truth, output=output,
+        reconstruction=reconstruction,
+    )  # fmt: skip
 
 
 @app.command()

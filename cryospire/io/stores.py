@@ -106,10 +106,19 @@ def put(
     values = np.asarray(data)
     if chunks is None:
         chunks = tuple(max(1, min(ROWS, n) if i == 0 else n) for i, n in enumerate(values.shape))
+    digest = hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).hexdigest()
     with writing(where(group)):
         array = group.create_array(name, data=values, chunks=chunks or "auto", dimension_names=dims, overwrite=True)
-        array.attrs.update({"long_name": long_name, "units": units, **attributes})
+        array.attrs.update({"long_name": long_name, "units": units, "hash": digest, **attributes})
     return array
+
+
+def empty(group: zarr.Group, name: str, lead: tuple[int, ...], box: int, dims: tuple[str, ...], long_name: str, units: str = "") -> None:
+    """An array of volumes (*lead, z, y, x) to be written one by one, each its own chunk."""
+    shape, chunks = (*lead, box, box, box), (1,) * len(lead) + (box,) * 3
+    with writing(where(group)):
+        array = group.create_array(name, shape=shape, chunks=chunks, dtype="float32", dimension_names=(*dims, "z", "y", "x"))
+        array.attrs.update({"long_name": long_name, "units": units})
 
 
 def finish(group: zarr.Group) -> None:
@@ -178,13 +187,22 @@ def join(ids: NDArray[np.int64], other: NDArray[np.int64], what: str) -> NDArray
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file or store: size and BLAKE2b of its first and last MiB (a store: of its zarr.json)."""
-    file = path / "zarr.json" if path.is_dir() else path
-    if not file.is_file():
+    """Hash of a file: size and BLAKE2b of its first and last MiB; of a store: of every zarr.json, which hold the arrays' hashes."""
+    files = sorted(path.rglob("zarr.json")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
         return "missing"
-    h = hashlib.blake2b(str(file.stat().st_size).encode(), digest_size=16)
-    with file.open("rb") as f:
-        h.update(f.read(1 << 20))
-        f.seek(max(0, file.stat().st_size - (1 << 20)))
-        h.update(f.read())
+    h = hashlib.blake2b(digest_size=16)
+    for file in files:
+        h.update(str(file.stat().st_size).encode())
+        with file.open("rb") as f:
+            h.update(f.read(1 << 20))
+            f.seek(max(0, file.stat().st_size - (1 << 20)))
+            h.update(f.read())
     return h.hexdigest()
+
+
+def check_made_from(group: zarr.Group, name: str, path: Path, stage: str) -> None:
+    """Raises InputError where the store was made from another ``name`` than the one at ``path``: ``stage`` must run again."""
+    inputs: Any = group.attrs["inputs"]
+    if inputs[name]["hash"] != fingerprint(path):
+        raise InputError(f"{where(group)}: made from another {name} than {path}; run {stage} again")

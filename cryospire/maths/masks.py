@@ -37,6 +37,8 @@ def soft_mask(volume: Tensor, threshold: float, edge: float, dilation: float = 2
 
     Threshold 0 is chosen from the map.  Density apart from the rest and smaller than a twentieth of the largest piece is noise.
     """
+    if not volume.any():
+        return torch.zeros_like(volume)
     values = volume.numpy()
     distance = (radius(volume.shape[-1], 3) / (volume.shape[-1] / 2)).numpy()
     core = (values > (threshold or choose_threshold(values, distance))) & (distance < 1)

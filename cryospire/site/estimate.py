@@ -26,6 +26,7 @@ CPU_IMAGES = 150.0  # images of 128 pixels that one process reads, transforms an
 GPU_HOURS = 6.0  # a training asks for as many GPUs as end it in about this time
 BASE_MB = 1200  # Python, torch, numba
 SPLAT_FLOP = 60.0  # forward and backward, of one Gaussian on one pixel
+IMAGES = 64  # that reconstruct draws at once
 MINUTES = 30  # the least time that is asked for
 
 
@@ -128,6 +129,11 @@ def ranks(config: Config, stage: str, data: Data, site: Site) -> int:
     return wanted
 
 
+def most_parts(config: Config) -> int:
+    """Parts that there may be: their number is known when they have been found."""
+    return config.parts.parts or config.parts.max_parts
+
+
 def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int = 1, cores: int = 1) -> Need:
     """Resources of one stage; without a site, of one process on this machine.  A later attempt gets more memory and time."""
     n, b = max(data.particles, 1), data.box
@@ -162,15 +168,17 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
     elif stage == "analyse":
         memory, seconds, disk = 1000 + n * 4e-3, 120 + n * 3e-3, n * 1e-4
     elif stage == "reconstruct":
-        parts, fine = config.parts.parts or config.parts.max_parts, (2 * b if b <= 128 else b)
+        parts, fine = most_parts(config), (2 * b if b <= 128 else b)
         tasks = site.mpi_ranks if site else 1
+        wide = IMAGES * config.train.gaussians * (3 * config.train.hidden if config.train.head == "mlp" else 40) * 4 / 1e6
         work = flop_of_image(config.train, b) / 3 / (CPU_GFLOPS * cpus * 1e9) + parts * (b / 128) ** 2 / CPU_IMAGES
-        memory, seconds, disk = 4 * parts * fine**3 * 6 * 1.2 / 1e6 + 500, n * work / tasks, 6 * parts * b**3 * 4 / 1e6
+        memory, seconds, disk = 4 * parts * fine**3 * 6 * 1.2 / 1e6 + wide + 500, n * work / tasks, 9 * parts * b**3 * 4 / 1e6
     elif stage == "assemble":
         side = config.assemble.box or b
         volumes = config.analyse.states + config.analyse.trajectories * config.analyse.steps
         tasks = site.mpi_ranks if site else 1
-        memory, seconds, disk = 12 * side**3 * 4 / 1e6, 3 * volumes * (side / 64) ** 3, 2 * volumes * side**3 * 4 / 1e6
+        maps = 12 + 2 * most_parts(config)  # detail and mask of every part stay in memory
+        memory, seconds, disk = maps * side**3 * 4 / 1e6, 3 * volumes * (side / 64) ** 3, 2 * volumes * side**3 * 4 / 1e6
     elif stage == "evaluate":
         memory, seconds = 1000 + 60 * b**3 * 4 / 1e6, 300 * (b / 64) ** 3
     on_node = -(-tasks // nodes)

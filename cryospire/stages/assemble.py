@@ -103,15 +103,11 @@ def write_scene(folder: Path, mixture: Mixture, store: Any, model: Path, found: 
 
 def declare(group: Any, states: Array, lines: Array, found: Any, box: int) -> None:
     """Empty arrays, one chunk a volume, and what the volumes are."""
-    zyx = ("z", "y", "x")
     arrays: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [("states", (len(states),), ("state",))]
     if len(lines):
         arrays.append(("trajectories", lines.shape[:2], ("trajectory", "step")))
     for name, lead, dims in arrays:
-        array = group.create_array(
-            name, shape=(*lead, box, box, box), chunks=(1,) * len(lead) + (box,) * 3, dtype="float32", dimension_names=(*dims, *zyx)
-        )
-        array.attrs.update({"long_name": f"volumes of {name}; the origin is voxel n // 2", "units": "image unit / Å"})
+        stores.empty(group, name, lead, box, dims, f"volumes of {name}; the origin is voxel n // 2", "image unit / Å")
     if len(lines):
         group["trajectories"].attrs["names"] = found["trajectories/latent"].attrs["names"]
     stores.put(group, "latent", states, ("state", "latent"), "latent of each state")

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.maths import fourier, rigid
 from cryospire.training.model import Mixture
 
-FAINT = 1e-6  # of a part's mass: the least that a frame is fitted to, where the part is gone
+FAINT = 1e-6  # of a part's mass: the least that a frame is fitted to, where the part is gone; below it nothing is divided
 
 
 def part_of_gaussians(path: Path) -> Tensor:
@@ -44,7 +43,7 @@ def frames(mixture: Mixture, part: Tensor, z: Tensor) -> tuple[Tensor, Tensor, T
         mine = part == k
         there = mass[mine] * occupancy[:, mine]
         turn, way = rigid.motion(rest[mine].expand(len(z), -1, -1), centre[:, mine], there + FAINT * mass[mine])
-        found.append((turn, way, there.sum(1) / mass[mine].sum()))
+        found.append((turn, way, there.sum(1) / mass[mine].sum().clamp(min=torch.finfo().tiny)))  # a part may be left without Gaussians
     rotation, translation, present = (torch.stack(values, 1) for values in zip(*found, strict=True))
     return rotation, translation, present
 
@@ -63,9 +62,7 @@ class Details:
     def load(path: Path, model: Path, mixture: Mixture, box: int) -> Details:
         """Of reconstruction.zarr, on the grid of ``box`` pixels that covers the same field.  Raises InputError for another model's."""
         group, part = stores.open_store(path, "reconstruction"), part_of_gaussians(model)
-        made_from: Any = group.attrs["inputs"]
-        if made_from["model"]["hash"] != stores.fingerprint(model):
-            raise InputError(f"{path}: made from another model than {model}; run reconstruct again")
+        stores.check_made_from(group, "model", model, "reconstruct")
         detail, mask = (torch.from_numpy(stores.read(group, name)) for name in ("detail", "mask"))
         detail, mask = fourier.crop(detail, box, 3), fourier.crop(mask, box, 3).clamp(0, 1)
         splines = np.stack([ndimage.spline_filter(d.numpy(), output=np.float32) for d in detail])

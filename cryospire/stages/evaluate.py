@@ -57,8 +57,11 @@ class Truth:
     segmentation: Segmentation | None
 
 
-def run(config: Config, *, model: Path, consensus: Path, particles: Path, truth: Path, output: Path) -> None:
-    """model.zarr and what lies beside it (discovery.zarr, parts.zarr) against the truth -> evaluation.json and .png."""
+def run(
+    config: Config, *, model: Path, consensus: Path, particles: Path, truth: Path, output: Path, reconstruction: Path | None = None
+) -> None:
+    """model.zarr, what lies beside it (discovery.zarr, parts.zarr), and the detail of its parts against the truth -> evaluation.json and
+    .png."""
     group = stores.open_store(particles, "particles")
     data = Particles(group)
     known = load_truth(truth, data, stores.read(group, "source/row"))
@@ -73,8 +76,7 @@ def run(config: Config, *, model: Path, consensus: Path, particles: Path, truth:
     }  # fmt: skip
     say(f"evaluate: {len(data):,} particles, {len(known.volumes)} states; the area under a perfect FSC is 0.5")
     say(f"{'':<18}{'AUC (sd)':>16}{'unmasked':>10}{'difference (sd)':>18}{'per image':>12}{'difference':>12}")
-    refined = model.with_name("reconstruction.zarr")
-    details = Details.load(refined, model, found["stage 2"][0], data.box) if refined.exists() else None
+    details = Details.load(reconstruction, model, found["stage 2"][0], data.box) if reconstruction else None
     count, log = 2 + len(found) + (details is not None), output.parent / "logs" / "evaluate.metrics.jsonl"
     with Progress("evaluate", count, "methods", log, every=math.inf) as progress:
         for name, volumes in methods(data, known, stores.open_store(consensus, "consensus"), found, details):

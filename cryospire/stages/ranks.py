@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cryospire.conventions import InputError
 
 
@@ -29,3 +32,10 @@ def over_ranks(work: Callable[[Any], None]) -> None:
         print(f"cryospire: error: {error}" + ("" if known else f" (rank {comm.rank})"), file=sys.stderr, flush=True)
         time.sleep(1)  # MPICH's launcher drops what it has not yet passed on when it is told to abort
         comm.Abort(2 if known else 1)
+
+
+def add_up(comm: Any, values: NDArray[np.inexact[Any]]) -> None:
+    """Sum of every rank's array, in rank 0's."""
+    from mpi4py import MPI
+
+    comm.Reduce(*((MPI.IN_PLACE, values) if comm.rank == 0 else (values, None)))

@@ -2,13 +2,13 @@
 
 An image minus the mixture's projection at its own latent is, in the frame of a part, a slice of what the part still lacks: its
 detail, which the moved Gaussians are too smooth or too few for.  Motion is undone in the slice's orientation and shift, absence in
-its weight, and the rest of the molecule is subtracted rather than smeared.  Least squares of all slices (``maths.insertion``) and
-the Wiener filter of its half-maps give the detail; where the images say nothing, the mixture stays as it is.
+its weight.  Least squares of all slices (``maths.insertion``) and the Wiener filter of its half-maps give the detail; where the
+images say nothing, the mixture stays as it is.
 
 A part's map and half-maps are made in the same way of images without the other parts' Gaussians: signal subtraction, as in
 multi-body refinement (Nakane et al. 2018); its own Gaussians play no role in them but through motion and mask.
+What the other parts' Gaussians leave of them is smeared, and stays where masks meet.
 Latents and motion come from one model of all particles: the FSC is no gold standard, as where angles come from one refinement of all.
-Only the other parts' Gaussians are subtracted; what these leave of them is smeared, and stays where masks meet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cryospire.log import Progress, say
 from cryospire.maths import fourier, insertion, masks, metrics
 from cryospire.stages.consensus import THRESHOLD, wiener
 from cryospire.stages.detail import frames, part_of_gaussians
-from cryospire.stages.ranks import over_ranks
+from cryospire.stages.ranks import add_up, over_ranks
 from cryospire.training.data import Particles, Rows
 from cryospire.training.loop import start_threads
 from cryospire.training.model import Mixture, load, load_latents
@@ -92,14 +92,15 @@ def reconstruct(comm: Any, config: Config, particles: Path, model: Path, output:
             add(numerator, weight, mixture, part, latents[rows], data, rows)
             progress.advance(len(rows), f"of rank 0, {comm.size} rank(s)")
         progress.record(ranks=comm.size)
-    for sums in (*numerator.flatten(0, 2), *weight.flatten(0, 2)):
-        total = np.empty_like(sums.numpy()) if comm.rank == 0 else None
-        comm.Reduce(sums.numpy(), total)
-        if total is not None:
-            sums.copy_(torch.from_numpy(total))
     if comm.rank == 0:
-        found = [body(mixture, part == k, numerator[k], weight[k]) for k in range(parts)]
-        write(found, output, config, {"particles": particles, "model": model}, mixture, force)
+        writer = Writer(output, config, {"particles": particles, "model": model}, mixture, parts, force)
+    for k in range(parts):  # one at a time: their maps need not be in memory together
+        for sums in (*numerator[k].flatten(0, 1), *weight[k].flatten(0, 1)):
+            add_up(comm, sums.numpy())
+        if comm.rank == 0:
+            writer.add(k, body(mixture, part == k, numerator[k], weight[k]))
+    if comm.rank == 0:
+        writer.finish()
     comm.Barrier()
 
 
@@ -151,35 +152,46 @@ def body(mixture: Mixture, mine: Tensor, numerator: Tensor, weight: Tensor) -> B
     return Body(mask, detail, fsc_detail, halves, both, fsc)
 
 
-def write(found: list[Body], output: Path, config: Config, inputs: dict[str, Path], mixture: Mixture, force: bool) -> None:
+class Writer:
     """The store, and for each part map, half-maps and mask as .mrc: what a post-processing program takes."""
-    grid: dict[str, Any] = {"pixel_size": mixture.pixel_size, "box": mixture.box}
-    group = stores.create(output, "reconstruction", config={}, seed=config.seed, inputs=inputs, force=force, **grid)
-    folder = output.with_suffix("")
-    for old in folder.glob("part_*.mrc"):
-        old.unlink()
-    resolution = [metrics.resolution(b.fsc, THRESHOLD, mixture.pixel_size) for b in found]
-    group.attrs.update({"resolution": resolution, "threshold": THRESHOLD})
-    zyx, density = ("part", "z", "y", "x"), "image unit / Å"
-    for name, words, unit in (
-        ("detail", "what the images add to the Gaussians of a part at rest, filtered and masked", density),
-        ("map", "part at rest, of images without the other parts, filtered by the FSC of half-maps", density),
-        ("mask", "soft mask of the part", ""),
-    ):
-        stores.put(group, name, torch.stack([getattr(b, name) for b in found]).numpy(), zyx, words, unit)
-    halves = torch.stack([b.halves for b in found]).numpy()
-    stores.put(group, "half_maps", halves, ("part", "half", *zyx[1:]), "the same from half the particles, unfiltered", density)
-    for name, words in (
-        ("fsc", "FSC of half-maps in the mask"),
-        ("fsc_detail", "FSC of half-maps of what all Gaussians leave of the images, in the mask"),
-    ):
-        stores.put(group, name, torch.stack([getattr(b, name) for b in found]).numpy(), ("part", "shell"), words)
-    for k, b in enumerate(found):
+
+    def __init__(self, output: Path, config: Config, inputs: dict[str, Path], mixture: Mixture, parts: int, force: bool) -> None:
+        grid: dict[str, Any] = {"pixel_size": mixture.pixel_size, "box": mixture.box}
+        self.group = stores.create(output, "reconstruction", config={}, seed=config.seed, inputs=inputs, force=force, **grid)
+        self.folder, self.pixel_size = output.with_suffix(""), mixture.pixel_size
+        for old in self.folder.glob("part_*.mrc"):
+            old.unlink()
+        density = "image unit / Å"
+        for name, lead, words, unit in (
+            ("detail", (), "what the images add to the Gaussians of a part at rest, filtered and masked", density),
+            ("map", (), "part at rest, of images without the other parts, filtered by the FSC of half-maps", density),
+            ("half_maps", (2,), "the same from half the particles, unfiltered", density),
+            ("mask", (), "soft mask of the part", ""),
+        ):
+            stores.empty(self.group, name, (parts, *lead), mixture.box, ("part", "half")[: 1 + len(lead)], words, unit)
+        self.curves: list[Tensor] = []
+
+    def add(self, k: int, b: Body) -> None:
+        """Part ``k``; parts come in their order."""
+        arrays: Any = self.group
+        with stores.writing(stores.where(self.group)):
+            for name, values in {"detail": b.detail, "map": b.map, "half_maps": b.halves, "mask": b.mask}.items():
+                arrays[name][k] = values.numpy()
         for name, volume in {"map": b.map, "half1": b.halves[0], "half2": b.halves[1], "mask": b.mask}.items():
-            mrc.write_volume(folder / f"part_{k + 1}_{name}.mrc", volume.numpy(), mixture.pixel_size)
-    stores.finish(group)
-    for k, (b, r) in enumerate(zip(found, resolution, strict=True)):
-        edge = ", the finest that the box holds" if r <= 2.01 * mixture.pixel_size else ""
+            mrc.write_volume(self.folder / f"part_{k + 1}_{name}.mrc", volume.numpy(), self.pixel_size)
+        self.curves.append(torch.stack([b.fsc, b.fsc_detail]))
+        r = metrics.resolution(b.fsc, THRESHOLD, self.pixel_size)
+        edge = ", the finest that the box holds" if r <= 2.01 * self.pixel_size else ""
         share = 100 * float(b.mask.mean())
         words = f"{r:.2f} Å at FSC {THRESHOLD} of half-maps in its mask, which fills {share:.1f} % of the box{edge}"
         say(f"reconstruct: part {k + 1}: {words}; latents and motion are of all particles")
+
+    def finish(self) -> None:
+        """Curves and resolutions of all parts, and the word that the store is whole."""
+        fsc, detail = torch.stack(self.curves, 1)
+        stores.put(self.group, "fsc", fsc.numpy(), ("part", "shell"), "FSC of half-maps in the mask")
+        words = "FSC of half-maps of what all Gaussians leave of the images, in the mask"
+        stores.put(self.group, "fsc_detail", detail.numpy(), ("part", "shell"), words)
+        resolution = [metrics.resolution(curve, THRESHOLD, self.pixel_size) for curve in fsc]
+        self.group.attrs.update({"resolution": resolution, "threshold": THRESHOLD})
+        stores.finish(self.group)

@@ -128,22 +128,22 @@ class Mixture(nn.Module):
 
     def project(self, z: Tensor, rotation: Tensor, shift: Tensor) -> Tensor:
         """Projections (B, box, box) at poses ``rotation`` (B, 3, 3) and ``shift`` (B, 2) Å."""
-        centre, amplitude = self.gaussians(z)
-        xy = rotation[:, :2] @ centre + shift[:, :, None] / self.pixel_size
-        scale = self.scale
-        return kernels.splat(xy, peak_weight(amplitude, scale), scale / self.pixel_size, self.box, self.config.cutoff)
+        return self.splat(*self.seen(z, rotation, shift), self.scale)
 
     def project_parts(self, part: Tensor, z: Tensor, rotation: Tensor, shift: Tensor) -> list[Tensor]:
         """The same of each part alone; ``part`` (G,)."""
+        xy, amplitude = self.seen(z, rotation, shift)
+        own = [part == k for k in range(int(part.max()) + 1)]
+        return [self.splat(xy[:, :, mine], amplitude[:, mine], self.scale[mine]) for mine in own]
+
+    def seen(self, z: Tensor, rotation: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres (B, 2, G) in pixels of the images, and amplitudes (B, G)."""
         centre, amplitude = self.gaussians(z)
-        xy = rotation[:, :2] @ centre + shift[:, :, None] / self.pixel_size
-        images = []
-        for k in range(int(part.max()) + 1):
-            mine = part == k
-            scale = self.scale[mine]
-            peak = peak_weight(amplitude[:, mine], scale)
-            images.append(kernels.splat(xy[:, :, mine], peak, scale / self.pixel_size, self.box, self.config.cutoff))
-        return images
+        return rotation[:, :2] @ centre + shift[:, :, None] / self.pixel_size, amplitude
+
+    def splat(self, xy: Tensor, amplitude: Tensor, scale: Tensor) -> Tensor:
+        """Images (B, box, box) of Gaussians at ``xy`` (B, 2, G), pixels, with ``amplitude`` (B, G) and ``scale`` (G,), Å."""
+        return kernels.splat(xy, peak_weight(amplitude, scale), scale / self.pixel_size, self.box, self.config.cutoff)
 
     def forward(self, z: Tensor, rotation: Tensor, shift: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
         """Negative log-likelihood (B,) of whitened images under unit noise, up to a constant."""

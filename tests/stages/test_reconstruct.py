@@ -120,6 +120,22 @@ def test_noise_has_no_resolution_though_gaussians_do(folder: Path, synthetic: Si
     assert float((own + body.detail).norm() / own.norm()) < 0.5
 
 
+def test_a_part_without_gaussians_is_absent(folder: Path, synthetic: SimpleNamespace) -> None:
+    data = Particles(stores.open_store(folder / "particles.zarr", "particles"))
+    mixture = still(synthetic.two_part_mixture())
+    part = 2 * (torch.arange(mixture.centre.shape[1]) >= mixture.centre.shape[1] // 2).long()
+    z = torch.zeros(COUNT, 2)
+    rotation, translation, present = detail.frames(mixture, part, z)
+    assert rotation.isfinite().all() and translation.isfinite().all() and torch.all(present[:, 1] == 0)
+    data.images = seen(mixture, z, data).numpy()
+    numerator, weight = (x.unflatten(0, (3, 2, 2)) for x in insertion.accumulators(12, data.box, 2))
+    reconstruct.add(numerator, weight, mixture, part, z, data, np.arange(len(data)))
+    none = reconstruct.body(mixture, part == 1, numerator[1], weight[1])
+    for values in (none.mask, none.map, none.halves, none.detail, none.fsc):
+        assert torch.all(values == 0)
+    assert float(reconstruct.body(mixture, part == 2, numerator[2], weight[2]).fsc[2:9].mean()) > 0.9
+
+
 def run(folder: Path, output: str, ranks: int) -> None:
     files = ["--config", "config.yaml", "--particles", "particles.zarr", "--model", "model.zarr", "--output", f"{output}.zarr"]
     command = [str(MPIEXEC), "-n", str(ranks), sys.executable, "-m", "cryospire", "reconstruct", *files]

@@ -29,5 +29,5 @@ rule evaluate:
     shell:
         "({params.launch} cryospire evaluate --config {params.config} "
         "--model $(dirname {input.model}) --consensus $(dirname {input.consensus}) --particles $(dirname {input.particles}) "
-        "--truth $(dirname {input.labels}) --output {output} "
+        "--reconstruction $(dirname {input.reconstruction}) --truth $(dirname {input.labels}) --output {output} "
         "2>&1) | tee -a {log}"
