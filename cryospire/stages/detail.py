@@ -33,17 +33,16 @@ def frames(mixture: Mixture, part: Tensor, z: Tensor) -> tuple[Tensor, Tensor, T
     The rigid motion nearest to that of the part's Gaussians, whatever moved them, weighted by the mass that is there.
     """
     with torch.no_grad():
-        full = mixture.relative_amplitude * mixture.amplitude_unit
         rest = mixture.centre.T * mixture.pixel_size
-        mass = full.abs() * mixture.scale**3
-        occupancy = mixture.occupancies(z, mixture.features)
-        centre = mixture.forward_gaussians(z)[0]
+        centre, amplitude, scale = mixture.forward_gaussians(z)
+        full = (mixture.relative_amplitude * mixture.amplitude_unit).abs() * scale**3
+        mass = amplitude.abs() * scale**3
     found = []
     for k in range(int(part.max()) + 1):
         mine = part == k
-        there = mass[mine] * occupancy[:, mine]
-        turn, way = rigid.motion(rest[mine].expand(len(z), -1, -1), centre[:, mine], there + FAINT * mass[mine])
-        found.append((turn, way, there.sum(1) / mass[mine].sum().clamp(min=torch.finfo().tiny)))  # a part may be left without Gaussians
+        there = mass[:, mine]
+        turn, way = rigid.motion(rest[mine].expand(len(z), -1, -1), centre[:, mine], there + FAINT * full[mine])
+        found.append((turn, way, there.sum(1) / full[mine].sum().clamp(min=torch.finfo().tiny)))  # a part may be left without Gaussians
     rotation, translation, present = (torch.stack(values, 1) for values in zip(*found, strict=True))
     return rotation, translation, present
 

@@ -113,14 +113,13 @@ def of_parts(mixture: Mixture, part: Tensor, z: Tensor, data: Particles, rows: R
     images, transfer = torch.from_numpy(data.read(rows).astype(np.float32)), data.transfer(rows)
     rotation, shift = data.rotation[rows], data.shift[rows]
     with torch.no_grad():
-        own = [fourier.irfft(fourier.rfft(seen) * transfer) for seen in mixture.project_parts(part, z, rotation, shift)]
-    residual = images - torch.stack(own).sum(0)
+        seen = [fourier.rfft(own) * transfer for own in mixture.project_parts(part, z, rotation, shift)]
+    left = fourier.rfft(images) - torch.stack(seen).sum(0)
     turn, way, present = frames(mixture, part, z)
-    for k, seen in enumerate(own):
+    for k, own in enumerate(seen):
         place = ((rotation @ way[:, k, :, None])[:, :2, 0] + shift) / mixture.pixel_size
-        mine, weights = insertion.weighted_slices(residual + seen, transfer * present[:, k, None, None], place)
-        none, _ = insertion.weighted_slices(residual, transfer * present[:, k, None, None], place)
-        yield torch.stack([mine, none]), weights, rotation @ turn[:, k]
+        strength = transfer * present[:, k, None, None]
+        yield torch.stack([left + own, left]) * (strength * fourier.shift_phase(data.box, -place)), strength**2, rotation @ turn[:, k]
 
 
 def add(numerator: Tensor, weight: Tensor, mixture: Mixture, part: Tensor, z: Tensor, data: Particles, rows: Rows) -> None:
