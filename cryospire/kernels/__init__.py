@@ -75,8 +75,8 @@ def render_volume(centre: Tensor, amplitude: Tensor, scale: Tensor, box: int, pi
 
 def set_threads(count: int) -> None:
     """Threads of this process for torch and numba alike."""
-    torch.set_num_threads(count)
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    torch.set_num_threads(count)  # after numba, which sets OpenMP to all CPUs when it starts
 
 
 __all__ = ["pair_head", "pair_head_plain", "render_volume", "set_threads", "splat"]

@@ -1,5 +1,8 @@
 """The fused head against its plain twin, forward and backward."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -45,6 +48,15 @@ def test_does_not_depend_on_threads() -> None:
     finally:
         kernels.set_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one[:-1], many[:-1], strict=True))
+
+
+def test_threads_are_as_told() -> None:
+    """numba's pool sets OpenMP, and so torch, to all CPUs when it starts; a rank with one thread must keep to it."""
+    torch_first = "import torch; torch.ones(9).sum(); torch.get_num_threads()"
+    words = f"{torch_first}; from cryospire import kernels; kernels.set_threads(1); print(torch.get_num_threads())"
+    two = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, env=two, timeout=120)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_not_a_number_is_not_hidden() -> None:
