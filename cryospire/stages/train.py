@@ -58,6 +58,10 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
             stores.put(group, "anchors/part", stores.read(division, "anchors/part"), ("anchor",), "part of the anchor")
             discover.write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)
+            before, after = float(stores.read(found, "history/loss")[-1]), history["loss"][-1]
+            if after > before:
+                words = f"loss {after:.1f}, there {before:.1f}"
+                say(f"train: WARNING: the images are explained worse than by stage 1 ({words}); try a lower train.lr")
 
 
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:
