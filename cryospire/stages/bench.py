@@ -193,7 +193,7 @@ def streamed(step: Callable[[Batch], None], data: Particles, config: Training, d
     times: list[float] = []
     while len(times) < REPEATS or sum(times) < 2 * seconds:
         last = time.perf_counter()
-        for batch in prefetch(_epoch(data, config)):
+        for batch in prefetch(_epoch(data, config), device.type):
             step(batch)
             wait(device)
             times.append(time.perf_counter() - last)

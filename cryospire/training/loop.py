@@ -118,7 +118,7 @@ def fit(
         for epoch in range(first_epoch, config.epochs):
             began = time.monotonic()
             source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)
-            for step, batch in enumerate(prefetch(source), first_step):
+            for step, batch in enumerate(prefetch(source, team.device.type), first_step):
                 factor = decay((epoch * per_epoch + step) / (config.epochs * per_epoch))
                 for group, rate in zip(adam.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
