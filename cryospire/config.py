@@ -104,7 +104,7 @@ class Train(Training):
     head: Literal["mlp", "factorized"] = "factorized"
     hidden: int = Field(128, ge=1)
     layers: int = Field(3, ge=1)
-    lr: float = Field(1e-3, gt=0, description="Adam, networks and features; ten times this throws wide networks out of what stage 1 found")
+    lr: float = Field(3e-3, gt=0, description="Adam, networks and features; 1e-2 threw networks this wide out of what stage 1 had found")
     lambda_f: float = Field(0.01, ge=0, description="weight of the squared feature offsets")
     anchor_motion: bool = Field(True, description="ablation: off leaves only the local flex")
     positional: bool = Field(False, description="ablation: positional encoding of the centres in place of the features")
