@@ -39,7 +39,7 @@ def optimizer(model: Mixture, config: Training) -> torch.optim.Optimizer:
     """Adam: one learning rate for networks and features, one for the density."""
     density = [model.centre, model.log_scale, model.relative_amplitude]
     others = [p for p in model.parameters() if not any(p is d for d in density)]
-    return torch.optim.Adam([{"params": others, "lr": config.lr}, {"params": density, "lr": config.lr_density}])
+    return torch.optim.Adam([{"params": others, "lr": config.lr}, {"params": density, "lr": config.lr_density}], fused=True)
 
 
 def decay(progress: float) -> float:
