@@ -43,7 +43,7 @@ def test_does_not_depend_on_threads() -> None:
     try:
         kernels.set_threads(1)
         one = both_ways(kernels.pair_head, leaves, grad)
-        kernels.set_threads(before)
+        kernels.set_threads(2)
         many = both_ways(kernels.pair_head, leaves, grad)
     finally:
         kernels.set_threads(before)

@@ -1,5 +1,6 @@
 """A tiny particle store whose images are projections of Gaussians that move, with noise: made through the real store functions."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +23,28 @@ def make_store(path: Path) -> Path:
     points[:, 2, 2] += moving
     xy = (rotation[:, :2] @ points.transpose(1, 2)) / PIXEL
     images = kernels.splat(xy, torch.full((COUNT, 3), 2.0), torch.full((3,), 1.2), BOX) + torch.randn(COUNT, BOX, BOX, generator=g)
-    group = stores.create(path, "particles", config={}, seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
-    array = group.create_array("images", shape=images.shape, dtype="f4", chunks=(16, BOX, BOX), shards=(64, BOX, BOX))
+    return write_store(path, images, rotation, PIXEL)
+
+
+def write_store(path: Path, images: torch.Tensor, rotation: torch.Tensor, pixel_size: float) -> Path:
+    """particles.zarr of images (n, box, box) that no CTF has changed, at rotations (n, 3, 3) without shift."""
+    n, box = images.shape[:2]
+    group = stores.create(path, "particles", config={}, seed=0, inputs={}, pixel_size=pixel_size, box=box)
+    array = group.create_array("images", shape=images.shape, dtype="f4", chunks=(16, box, box), shards=(64, box, box))
     array[...] = images.numpy()
-    zeros = np.zeros(COUNT, np.float32)
+    zeros = np.zeros(n, np.float32)
     columns = {
-        "id": np.arange(COUNT) * 7 + 1,
-        "half_set": (np.arange(COUNT) % 2 + 1).astype(np.int8),
+        "id": np.arange(n) * 7 + 1,
+        "half_set": (np.arange(n) % 2 + 1).astype(np.int8),
         "pose/rotation": rotation.numpy(),
-        "pose/shift": np.zeros((COUNT, 2), np.float32),
-        "noise/whitening": np.ones((1, BOX // 2 + 1), np.float32),
+        "pose/shift": np.zeros((n, 2), np.float32),
+        "noise/whitening": np.ones((1, box // 2 + 1), np.float32),
         "ctf/defocus_u": zeros,
         "ctf/defocus_v": zeros,
         "ctf/defocus_angle": zeros,
         "ctf/phase_shift": zeros + 90,
         "ctf/scale": zeros + 1,
-        "ctf/group": np.zeros(COUNT, np.int32),
+        "ctf/group": np.zeros(n, np.int32),
         "optics/voltage": np.array([300.0]),
         "optics/cs": np.array([0.0]),
         "optics/amplitude_contrast": np.array([0.0]),
@@ -51,3 +58,8 @@ def make_store(path: Path) -> Path:
 @pytest.fixture(scope="session")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("store") / "particles.zarr")
+
+
+@pytest.fixture(scope="session")
+def plant() -> Callable[[Path, torch.Tensor, torch.Tensor, float], Path]:
+    return write_store
