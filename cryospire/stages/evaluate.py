@@ -182,12 +182,19 @@ def score(volumes: Tensor, known: Truth, pixel_size: float) -> dict[str, Any]:
     curves = {
         "auc": torch.stack([metrics.fsc(v, t, known.mask) for v, t, _, _ in pairs]),
         "unmasked": torch.stack([metrics.fsc(v, t) for v, t, _, _ in pairs]),
-        "difference": torch.stack([metrics.fsc(c, d, known.mask) for _, _, c, d in pairs]),
+        "difference": torch.stack([fsc_of_differences(c, d, known.mask) for _, _, c, d in pairs]),
     }
     result: dict[str, Any] = {name: summary(metrics.auc(curve)) for name, curve in curves.items()}
     result["curves"] = {name: [round(float(x), 5) for x in curve.mean(0)] for name, curve in curves.items()}
     result["resolution"] = summary(torch.tensor([metrics.resolution(c, 0.5, pixel_size) for c in curves["auc"]]))
     return result
+
+
+def fsc_of_differences(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """FSC (shell,) of two differences of volumes; shell 0, their difference of mass, is rounding where parts only move: as shell 1."""
+    curve = metrics.fsc(a, b, mask)
+    curve[0] = curve[1]
+    return curve
 
 
 def per_image(mixture: Mixture, latents: Tensor, known: Truth, images: int = IMAGES) -> dict[str, Any]:
@@ -203,8 +210,9 @@ def per_image(mixture: Mixture, latents: Tensor, known: Truth, images: int = IMA
     mean, true_mean = volumes.mean(0), torch.tensordot(share, known.volumes, 1)
     areas = []
     for volume, k in zip(volumes, label, strict=True):
-        pairs = (volume, known.volumes[k]), (volume - mean, known.volumes[k] - true_mean)
-        areas.append(torch.stack([metrics.auc(metrics.fsc(v, t, known.mask)) for v, t in pairs]))
+        whole = metrics.fsc(volume, known.volumes[k], known.mask)
+        change = fsc_of_differences(volume - mean, known.volumes[k] - true_mean, known.mask)
+        areas.append(metrics.auc(torch.stack([whole, change])))
     auc, difference = (summary(a) for a in torch.stack(areas).T)
     return {"images": len(rows)} | {k: {m: v[m] for m in ("mean", "sd", "median")} for k, v in (("auc", auc), ("difference", difference))}
 

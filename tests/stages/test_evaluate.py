@@ -215,3 +215,11 @@ def test_truth_in_a_larger_box_is_cropped_to_the_particles(known: evaluate.Truth
     larger = evaluate.fourier.crop(known.volumes[0], 2 * BOX, 3)
     mrc.write_volume(tmp_path / "vol.mrc", larger.numpy(), PIXEL / 2)
     assert torch.allclose(evaluate.on_grid(tmp_path / "vol.mrc", data), known.volumes[0], atol=1e-4 * float(known.volumes[0].max()))
+
+
+def test_parts_that_only_move_are_not_judged_by_rounding() -> None:
+    """Their difference has no mass: shell 0 holds the sign of what rounding left."""
+    volume = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0))
+    change = volume - volume.roll(1, 0)
+    curve = evaluate.fsc_of_differences(change + 1e-7, change - 1e-7, torch.ones_like(change))
+    assert torch.allclose(curve, torch.ones_like(curve), atol=1e-4)
