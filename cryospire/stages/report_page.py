@@ -21,7 +21,7 @@ header h1 { margin:0; font-weight:650; letter-spacing:-.01em; font-size:1.9rem }
 .tile { background:rgba(255,255,255,.13); border-radius:10px; padding:.55rem 1rem; min-width:7rem }
 .tile b { display:block; font-size:1.35rem; font-weight:650; line-height:1.25 } .tile span { font-size:.82rem; opacity:.85 }
 nav { position:sticky; top:0; z-index:2; background:rgba(255,255,255,.96); border-bottom:1px solid var(--line) }
-nav { overflow-x:auto; white-space:nowrap } nav div { max-width:1120px; margin:0 auto; padding:.5rem 1.5rem }
+nav div { max-width:1120px; margin:0 auto; padding:.5rem 1.5rem; display:flex; flex-wrap:wrap }
 nav a { color:var(--soft); text-decoration:none; font-size:.88rem; margin-right:1.1rem } nav a:hover { color:var(--accent) }
 main { padding:1.4rem 1rem 4rem }
 section { background:var(--paper); border:1px solid var(--line); border-radius:12px; padding:1.3rem 1.6rem 1.5rem; margin:0 0 1.2rem }
