@@ -138,5 +138,3 @@ def project(volume: Tensor, rotation: Tensor, pixel_size: float, pad: int = 2) -
     mates = torch.arange(1, box // 2)
     slices[:, box - mates, 0] = slices[:, mates, 0].conj()
     return fourier.irfft(slices)
-
-

@@ -289,5 +289,3 @@ def feed(plan: Plan, folder: Path) -> dict[str, Any]:
     growth = {key: fit([(p["particles"], p[key]) for p in points]) for key in ("images_per_second", "peak_GB")}
     ways = sources(folder, plan.feed_particles, plan.feed_box, config.batch, config.lanes, config.memory_mib, 3)
     return {"box": plan.feed_box, "memory_mib": config.memory_mib, "against_particles": points, "exponents": growth, "sources": ways}
-
-

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cryospire import log
 from cryospire.conventions import InputError
 
 
@@ -31,6 +32,8 @@ class Team:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", local % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
+        elif given := log.gpus():
+            log.say(f"warning: this job was given {given} GPU(s), but torch sees none: it runs on CPUs; see cryospire cluster check")
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(minutes=10))

@@ -1,4 +1,7 @@
-"""A real SLURM on this machine: two nodes with two CPUs' worth of slots and two fake GPUs each, for the length of the tests."""
+"""A real SLURM on this machine: two nodes with two CPUs' worth of slots and two fake GPUs each, for the length of the tests.
+
+It keeps accounts, as sites do, where slurmdbd and MariaDB are installed.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,15 @@ SlurmctldLogFile={base}/log/slurmctld.log
 SlurmdLogFile={base}/log/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
+JobAcctGatherType=jobacct_gather/{gather}
 MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
-AccountingStorageType=accounting_storage/none
+AccountingStorageType=accounting_storage/{accounting}
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port_accounting}
+AccountingStoragePass={base}/run/munge.sock
+AccountingStorageTRES=gres/gpu
 JobCompType=jobcomp/none
 MinJobAge=300
 KillWait=5
@@ -59,11 +66,29 @@ PartitionName=urgent Nodes=node[1-2] MaxTime=1-00:00:00 PriorityTier=10 PreemptM
 PartitionName=cxl Nodes=node[1-2] MaxTime=1-00:00:00 PriorityTier=1 PreemptMode=CANCEL
 """
 
+SLURMDBD_CONF = """
+AuthType=auth/munge
+AuthInfo=socket={base}/run/munge.sock
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser=root
+LogFile={base}/log/slurmdbd.log
+PidFile={base}/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={port_database}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm
+"""
+
 
 @dataclass
 class Slurm:
     base: Path
     env: dict[str, str]
+    accounting: bool
 
     def sh(self, command: str, cwd: Path | None = None, timeout: float = 60, check: bool = True) -> str:
         """Output of a shell command with this SLURM's configuration."""
@@ -114,23 +139,29 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     base = tmp_path_factory.mktemp("slurm")
     for folder in ("run", "log", "state", "spool/node1", "spool/node2", "tmp/node1", "tmp/node2"):
         (base / folder).mkdir(parents=True)
-    port, port1, port2 = _free_ports(3)
+    port, port1, port2, port_accounting, port_database = _free_ports(5)
+    accounting = all(shutil.which(p, path="/usr/bin:/usr/sbin") for p in ("slurmdbd", "mariadbd", "my_print_defaults"))
     (base / "slurm.conf").write_text(
-        SLURM_CONF.format(host=socket.gethostname().split(".")[0], base=base, port=port, port1=port1, port2=port2)
-    )
+        SLURM_CONF.format(
+            host=socket.gethostname().split(".")[0], base=base, port=port, port1=port1, port2=port2, port_accounting=port_accounting,
+            accounting="slurmdbd" if accounting else "none", gather="linux" if accounting else "none",
+        )
+    )  # fmt: skip
     (base / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/tty[0-1]\n")
     key = base / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI_"))}
     env |= {"SLURM_CONF": str(base / "slurm.conf"), "PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin", "OMP_NUM_THREADS": "1"}
-    cluster = Slurm(base, env)
+    cluster = Slurm(base, env, accounting)
     run = base / "run"
     try:
         cluster.daemon(
             "munged", "--force", f"--key-file={key}", f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid",
             f"--log-file={base}/log/munged.log", f"--seed-file={run}/munge.seed",
         )  # fmt: skip
+        if accounting:
+            _keep_accounts(cluster, port_accounting, port_database)
         cluster.daemon("slurmctld", "-c")
         cluster.daemon("slurmd", "-N", "node1")
         cluster.daemon("slurmd", "-N", "node2")
@@ -139,11 +170,38 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         cluster.sh("scancel --me", check=False)
         cluster.until("squeue -h | wc -l", "0", 30)
     finally:
-        for name in ("slurmd-node1.pid", "slurmd-node2.pid", "slurmctld.pid", "munged.pid"):
+        for name in ("slurmd-node1.pid", "slurmd-node2.pid", "slurmctld.pid", "slurmdbd.pid", "database.pid", "munged.pid"):
             if (run / name).exists():
                 cluster.stop(name)
         for process in _children_of(cluster):
             os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture
+def accounted(slurm: Slurm) -> Slurm:
+    if not slurm.accounting:
+        pytest.skip("NEEDS ACCOUNTING: slurmdbd, mariadb-server-core, mariadb-client-core; nothing of sacct is tested here")
+    return slurm
+
+
+def _keep_accounts(cluster: Slurm, port: int, port_database: int) -> None:
+    """Start a database of this SLURM's own, and slurmdbd before it."""
+    base, data = cluster.base, cluster.base / "database"
+    cluster.sh(f"mariadb-install-db --no-defaults --user=root --datadir={data} --auth-root-authentication-method=normal --skip-test-db")
+    (base / "database.sql").write_text(
+        "CREATE DATABASE slurm;\nCREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm';\nGRANT ALL ON slurm.* TO slurm@'127.0.0.1';\n"
+    )
+    cluster.sh(
+        f"mariadbd --no-defaults --user=root --datadir={data} --bind-address=127.0.0.1 --port={port_database} --skip-name-resolve"
+        f" --init-file={base}/database.sql --socket={base}/run/database.sock --pid-file={base}/run/database.pid"
+        f" --innodb-flush-log-at-trx-commit=0 > {base}/log/database.log 2>&1 &"
+    )
+    cluster.until(f"cat {base}/log/database.log", "ready for connections", 60)
+    conf = base / "slurmdbd.conf"
+    conf.write_text(SLURMDBD_CONF.format(base=base, port=port, port_database=port_database))
+    conf.chmod(0o600)
+    cluster.daemon("slurmdbd")
+    cluster.until("sacctmgr -i add cluster ci", "ci", 60)
 
 
 def _children_of(cluster: Slurm) -> list[int]:

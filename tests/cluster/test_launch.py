@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cryospire.stages import report_usage
+
 from .conftest import ROOT, Slurm
 
 LAUNCH = ROOT / "cluster" / "launch.sh"
@@ -196,3 +198,43 @@ def test_cluster_check(slurm: Slurm, tmp_path: Path) -> None:
     write(tmp_path / "site.yaml", "partition: nowhere")
     out = slurm.sh("cryospire cluster check --site site.yaml; echo code $?", cwd=tmp_path)
     assert "no partition nowhere; there are cxl, debug, urgent" in out and "code 2" in out
+
+
+def test_every_start_of_a_job_is_in_the_accounts(accounted: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, put back in the queue once: both starts count, by the job's own clock."""
+    slurm = accounted
+    job = submit(
+        slurm, tmp_path,
+        "date +%s.%N >> clock; sleep 4; date +%s.%N >> clock\n"
+        '[ -n "$SLURM_RESTART_COUNT" ] || { scontrol requeue $SLURM_JOB_ID; sleep 60; }',
+        nodes=1, tasks=1, gpu=2,
+    )  # fmt: skip
+    ends_as(slurm, job, "success", 120)
+    first, ended, again, end = map(float, (tmp_path / "clock").read_text().split())
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm.env[name])
+    slurm.until(f"sacct --duplicates -X -n -j {job} -o State", "COMPLETED")
+    used = report_usage.from_accounting(report_usage.sacct([job]))
+    assert used is not None and used.source.startswith("the scheduler")
+    assert used.gpu_hours * 3600 / 2 == pytest.approx(ended - first + end - again, abs=3)  # SLURM counts whole seconds
+
+
+def test_a_job_that_the_controller_has_forgotten(accounted: Slurm, tmp_path: Path) -> None:
+    """What became of it is in the accounts: of one that ended well, one that failed, one that was cancelled."""
+    slurm = accounted
+    conf = slurm.base / "slurm.conf"
+    before = conf.read_text()
+    conf.write_text(before.replace("MinJobAge=300", "MinJobAge=2"))
+    slurm.sh("scontrol reconfigure")
+    try:
+        commands = {"good": "true", "bad": "false", "gone": "sleep 60"}
+        jobs = {name: submit(slurm, tmp_path, command, name=name) for name, command in commands.items()}
+        slurm.until(f"squeue -h --states=R -j {jobs['gone']}", jobs["gone"])
+        slurm.sh(f"scancel {jobs['gone']}")
+        for job in jobs.values():
+            slurm.until(f"scontrol show job {job}", "Invalid job id", 120)
+        for name, job in jobs.items():
+            ends_as(slurm, job, "success" if name == "good" else "failed")
+    finally:
+        conf.write_text(before)
+        slurm.sh("scontrol reconfigure")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from cryospire.io import stores
+from cryospire.stages import report_usage
 
 from .conftest import ROOT, Slurm
 
@@ -27,8 +29,8 @@ CONFIG = {
     "analyse": {"states": 2, "steps": 2, "trajectories": 1, "umap": False},
 }
 SITE = {
-    "partition": "debug", "ranks": 2, "ranks_per_node": 1, "mpi_ranks": 2, "dask_workers": 2, "dask_nodes": 2, "cpus_per_task": 1,
-    "max_mem_mb": 7000, "signal_seconds": 0,
+    "partition": "debug", "gpus_per_node": 1, "ranks": 2, "ranks_per_node": 1, "mpi_ranks": 2, "dask_workers": 2, "dask_nodes": 2,
+    "cpus_per_task": 1, "max_mem_mb": 7000, "signal_seconds": 0,
 }  # fmt: skip
 
 SNAKEMAKE = "snakemake --configfile config.yaml --seconds-between-status-checks 1"
@@ -69,6 +71,21 @@ def test_stages_ran_on_two_nodes(run: Path) -> None:
         assert "2 rank(s)" in (run / f"results/logs/{stage}.log").read_text()
     log = (run / "results/logs/preprocess.log").read_text()
     assert "dask worker on node1" in log and "dask worker on node2" in log
+
+
+def test_the_report_counts_gpu_hours_from_the_accounts(accounted: Slurm, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainings of two GPUs each, from when to when each ran."""
+    hours = 0.0
+    for line in accounted.sh(f"sacct -X -n -P -S now-1hour -o Start,End,ReqTRES,WorkDir | grep '{run}$' | grep gres/gpu=2").splitlines():
+        start, end = (datetime.fromisoformat(word) for word in line.split("|")[:2])
+        hours += 2 * (end - start).total_seconds() / 3600
+    assert hours > 0
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, accounted.env[name])
+    used = report_usage.of_run(run / "results", {})
+    assert used is not None and used.gpu_hours == pytest.approx(hours, abs=1e-3)
+    assert "GPU-hours, from the scheduler" in (run / "results/report.html").read_text()
+    assert "but torch sees none" in (run / "results/logs/train.log").read_text()  # the GPUs of this SLURM are made up
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ def counts(printed: str) -> dict[str, str]:
 
 def test_whole_benchmark_plans_a_run_of_everything() -> None:
     variants = "variants=[base,no-anchor-motion,random-parts]"
-    jobs = counts(plan("--config", "sizes=[small,medium,full]", "peers=[cryodrgn,recovar]", variants))
+    jobs = counts(plan("--config", "sizes=[small,medium,full]", "peers=[cryodrgn,cryodrgn-dec,recovar]", variants))
     # 5 data sets, 3 sizes, 2 levels, 3 seeds.
-    assert jobs["simulate"] == jobs["cryodrgn"] == jobs["recovar"] == jobs["ceiling"] == "90" and jobs["run"] == "270"
+    assert jobs["simulate"] == jobs["recovar"] == jobs["ceiling"] == "90" and jobs["cryodrgn"] == "180" and jobs["run"] == "270"
     assert jobs["environment"] == "2"
 
 
@@ -48,12 +48,12 @@ def test_peers_need_only_the_images_and_use_the_environments_they_are_given(tmp_
     run = tmp_path / "phantom-small-hard-seed0"
     printed = plan("--printshellcmds", "--config", f"output={tmp_path}", "environments={cryodrgn: /opt/one, recovar: /opt/two}",
                    "cryodrgn={epochs: 3, width: 128, flags: --no-amp}", "--",
-                   *(str(run / peer / "evaluation.json") for peer in ("cryodrgn", "recovar")))  # fmt: skip
+                   *(str(run / peer / "evaluation.json") for peer in ("cryodrgn", "cryodrgn-dec", "recovar")))  # fmt: skip
     jobs = counts(printed)
-    assert "run" not in jobs and "environment" not in jobs and jobs["simulate"] == jobs["cryodrgn"] == jobs["recovar"] == "1"
-    assert "/opt/one/bin/cryodrgn train_vae" in printed and "/opt/two/bin/python" in printed
-    assert "-n 3 --enc-dim 128 --dec-dim 128 --no-analysis --no-amp" in printed
-    assert "cryoDRGN 4.3.1, 3 epochs, networks of 128" in printed  # the table says with which settings
+    assert "run" not in jobs and "environment" not in jobs and jobs["simulate"] == jobs["recovar"] == "1" and jobs["cryodrgn"] == "2"
+    assert "/opt/one/bin/cryodrgn train_vae --enc-dim 128 --dec-dim 128" in printed and "/opt/two/bin/python" in printed
+    assert "train_dec --dim 128 --z-lr 1e-2" in printed and "-n 3 --no-analysis --no-amp" in printed
+    assert "cryoDRGN 4.3.1 train_vae, 3 epochs, networks of 128" in printed  # the table says with which settings
 
 
 @pytest.mark.parametrize("dataset", ["igg-1d", "igg-rl", "assembly", "mixed", "phantom"])

@@ -30,17 +30,26 @@ rule environment:
         "(python -m venv $(dirname {output}); $(dirname {output})/bin/pip install -r {input}) > {log} 2>&1"
 
 
+# Its two networks: a variational autoencoder, and a decoder alone whose latents are parameters.
+NETWORK = {
+    "cryodrgn": f"train_vae --enc-dim {CRYODRGN['width']} --dec-dim {CRYODRGN['width']}",
+    "cryodrgn-dec": f"train_dec --dim {CRYODRGN['width']} --z-lr 1e-2",  # at its default, 1e-4, latents hardly move
+}
+
+
 rule cryodrgn:
     input:
         ready=ready("cryodrgn"),
         star=rules.simulate.output.star,
         labels=rules.simulate.output.labels,
     output:
-        f"{RUN}/cryodrgn/evaluation.json",
+        f"{RUN}/{{network}}/evaluation.json",
     log:
-        f"{RUN}/logs/cryodrgn.log",
+        f"{RUN}/logs/{{network}}.log",
     benchmark:
-        f"{RUN}/benchmarks/cryodrgn.tsv"
+        f"{RUN}/benchmarks/{{network}}.tsv"
+    wildcard_constraints:
+        network="|".join(NETWORK),
     threads: workflow.cores
     resources:
         mem_mb=8000,
@@ -48,20 +57,21 @@ rule cryodrgn:
         command=environment("cryodrgn") / "bin/cryodrgn",
         box=lambda w: config["size"][w.size]["box"],
         pixel=lambda w: config["size"][w.size]["pixel_size"],
-        train=f"--zdim {CRYODRGN['zdim']} -n {CRYODRGN['epochs']} --enc-dim {CRYODRGN['width']} --dec-dim {CRYODRGN['width']} "
-        f"--no-analysis {CRYODRGN['flags']}",
-        name=shlex.quote(f"cryoDRGN 4.3.1, {CRYODRGN['epochs']} epochs, networks of {CRYODRGN['width']}"),
+        train=lambda w: f"{NETWORK[w.network]} --zdim {CRYODRGN['zdim']} -n {CRYODRGN['epochs']} --no-analysis {CRYODRGN['flags']}",
+        name=lambda w: shlex.quote(
+            f"cryoDRGN 4.3.1 {NETWORK[w.network].split()[0]}, {CRYODRGN['epochs']} epochs, networks of {CRYODRGN['width']}"
+        ),
         program=HERE / "benchmark.py",
     conda:
         "../../envs/cpu.yaml"
     message:
-        "cryodrgn: {wildcards.dataset} {wildcards.size} {wildcards.level} seed {wildcards.seed}"
+        "{wildcards.network}: {wildcards.dataset} {wildcards.size} {wildcards.level} seed {wildcards.seed}"
     shell:
         "(d=$(dirname {output}); data=$(dirname {input.star}); rm -rf $d/train $d/volumes; "
         "{params.command} parse_pose_star {input.star} -D {params.box} --Apix {params.pixel} -o $d/poses.pkl; "
         "{params.command} parse_ctf_star {input.star} -D {params.box} --Apix {params.pixel} -o $d/ctf.pkl; "
-        "{params.command} train_vae {input.star} --datadir $data --poses $d/poses.pkl --ctf $d/ctf.pkl --seed {wildcards.seed} "
-        "{params.train} -o $d/train; "
+        "{params.command} {params.train} {input.star} --datadir $data --poses $d/poses.pkl --ctf $d/ctf.pkl --seed {wildcards.seed} "
+        "-o $d/train; "
         "e=$(ls $d/train | sed -n 's/^z\\.\\([0-9]*\\)\\.pkl$/\\1/p' | sort -n | tail -1); "
         "python {params.program} zfile $d/train/z.$e.pkl {input.labels} $d/z.txt; "
         "{params.command} eval_vol $d/train/weights.$e.pkl --config $d/train/config.yaml --zfile $d/z.txt --Apix {params.pixel} "
