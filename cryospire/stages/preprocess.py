@@ -119,7 +119,6 @@ def client(config: Config) -> Iterator[Client]:
         address: Any = os.environ.get("DASK_SCHEDULER_ADDRESS")
         if not address:
             n = config.preprocess.workers
-            torch.set_num_threads(1)  # of each worker
             quiet: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
             address = stack.enter_context(LocalCluster(n_workers=n, processes=False, threads_per_worker=1, memory_limit=0, **quiet))
         yield stack.enter_context(Client(address))
@@ -208,7 +207,8 @@ def measure_noise(workers: Client, table: ParticleTable, geometry: Geometry, see
 
 
 def sample_power(rows: Rows) -> Tensor:
-    """Sum (box // 2 + 1,) over images of the background's power."""
+    """One task: the sum (box // 2 + 1,) over images of the background's power."""
+    torch.set_num_threads(1)  # of this thread: a worker is one core
     step = max(1, CHUNK // (4 * _stack(next(iter(rows.paths.values()))).shape[-1] ** 2))
     parts = [noise.background_power(read_images(rows.take(slice(i, i + step)))).double().sum(0) for i in range(0, len(rows.row), step)]
     return torch.stack(parts).sum(0)
@@ -253,6 +253,7 @@ def shards(array: Any) -> list[NDArray[np.int64]]:
 
 def make_shard(store: Path, k: int, rows: Rows, recipe: Recipe) -> tuple[int, float]:
     """One task: the images of shard ``k``.  Returns their number and mean square."""
+    torch.set_num_threads(1)
     array: Any = stores.writable(store)["images"]
     out = np.empty((len(rows.row), *array.shape[1:]), array.dtype)
     values = torch.from_numpy(out)  # torch rounds to half precision forty times as fast as numpy

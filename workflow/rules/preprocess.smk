@@ -11,7 +11,7 @@ rule preprocess:
         R / "benchmarks" / "preprocess.tsv"
     conda:
         "../../envs/cpu.yaml"
-    threads: THREADS
+    threads: 1 if SITE else THREADS # of a job's dask worker; on one machine each worker is a thread
     resources:
         mem_mb=resource("preprocess", "mem_mb"),
         runtime=resource("preprocess", "runtime"),
