@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -238,3 +240,24 @@ def test_a_job_that_the_controller_has_forgotten(accounted: Slurm, tmp_path: Pat
     finally:
         conf.write_text(before)
         slurm.sh("scontrol reconfigure")
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("qsub", "-l walltime=2:05:00 -l place=scatter -l select=2:ncpus=16:mpiprocs=4:mem=64000mb:ngpus=4"),
+        ("bsub", "-n 32 -R span[ptile=16] rusage[mem=64000] -W 125 -gpu num=4"),
+    ],
+    ids=["PBS", "LSF"],
+)
+def test_what_other_schedulers_are_asked_for(tmp_path: Path, program: str, expected: str) -> None:
+    """Eight ranks of four CPUs and one GPU over two nodes for 125 minutes; neither can be installed here, so only the words are seen."""
+    recorder = write(tmp_path / program, '#!/bin/sh\necho "$@" > asked\necho "Job <7> is submitted to queue <q>."\n')
+    recorder.chmod(0o755)
+    script = write(tmp_path / "job.sh", "true\n")
+    command = [str(ROOT / "cluster/generic/scheduler.sh"), "submit", "2", "8", "4", "8", "64000", "125", "train", str(script)]
+    for tool in ("bash", "mkdir", "sed", "cat"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert expected in (tmp_path / "asked").read_text()
+    assert done.stdout.strip() == "7" or program == "qsub"

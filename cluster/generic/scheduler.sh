@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# One job on PBS Pro, Grid Engine or LSF, whichever is there:
+#   scheduler.sh submit NODES TASKS CPUS GPUS MEM_MB MINUTES NAME JOBSCRIPT   prints the job's id
+#   scheduler.sh status ID                                                    prints success, running or failed
+#   scheduler.sh cancel ID...
+# NODES, GPUS and TASKS are of the whole job, CPUS of a task, MEM_MB of a node.  Queue, account and the like: FLAGS.
+set -euo pipefail
+FLAGS=()                      # as (-q long -P cryo)
+PE_NODE=smp PE_NODES=mpi      # Grid Engine: parallel environments on one node and over several
+GPU=gpu                       # Grid Engine: the complex that counts GPUs
+logs=cluster_logs
+ask=$1
+shift
+
+if command -v bsub >/dev/null; then
+    scheduler=lsf
+elif command -v qconf >/dev/null; then
+    scheduler=sge
+else
+    scheduler=pbs
+fi
+
+submit() {
+    local nodes=$1 tasks=$2 cpus=$3 gpus=$4 mem=$5 minutes=$6 name=$7 script=$8
+    local each=$(((tasks + nodes - 1) / nodes)) slots=$((tasks * cpus))
+    local here=$((each * cpus)) gpus_here=$(((gpus + nodes - 1) / nodes))
+    mkdir -p "$logs"
+    case $scheduler in
+        pbs)
+            qsub -N "$name" -V -j oe -o "$logs/" "${FLAGS[@]}" -l "walltime=$(printf %d:%02d:00 $((minutes / 60)) $((minutes % 60)))" -l place=scatter \
+                -l "select=$nodes:ncpus=$here:mpiprocs=$each:mem=${mem}mb$([ "$gpus" = 0 ] || echo ":ngpus=$gpus_here")" "$script"
+            ;;
+        sge) # memory and GPUs are counted for every slot
+            local needs=(-l "h_rt=$((minutes * 60)),mem_free=$(((mem + here - 1) / here))M")
+            [ "$gpus" = 0 ] || needs+=(-l "$GPU=$(((gpus_here + here - 1) / here))")
+            [ "$slots" = 1 ] || needs+=(-pe "$([ "$nodes" = 1 ] && echo $PE_NODE || echo $PE_NODES)" "$slots")
+            qsub -terse -N "$name" -V -cwd -S /bin/bash -j y -o "$logs/" "${FLAGS[@]}" "${needs[@]}" "$script"
+            ;;
+        lsf)
+            local needs=(-n "$slots" -R "span[ptile=$here] rusage[mem=$mem]" -W "$minutes")
+            [ "$gpus" = 0 ] || needs+=(-gpu "num=$gpus_here")
+            bsub -J "$name" -o "$logs/$name-%J.log" "${FLAGS[@]}" "${needs[@]}" <"$script" | sed -n 's/^Job <\([0-9]*\)>.*/\1/p'
+            ;;
+    esac
+}
+
+status() {
+    local state code
+    case $scheduler in
+        pbs)
+            state=$(qstat -x -f "$1" | sed -n 's/^ *job_state = //p')
+            code=$(qstat -x -f "$1" | sed -n 's/^ *Exit_status = //p')
+            case $state in
+                F | C) [ "$code" = 0 ] && echo success || echo failed ;;
+                *) echo running ;;
+            esac
+            ;;
+        sge) # a job that has ended is in the accounts, some seconds later
+            for _ in {1..60}; do
+                state=$(qstat -u '*' | awk -v id="$1" '$1 == id { print $5; exit }')
+                case $state in
+                    E*) echo failed && return ;;
+                    ?*) echo running && return ;;
+                esac
+                if code=$(qacct -j "$1" 2>/dev/null | awk '$1 == "failed" || $1 == "exit_status" { print $2 }' | tail -n 2 | tr '\n' ' '); then
+                    [ -z "$code" ] || { [ "$code" = "0 0 " ] && echo success || echo failed; return; }
+                fi
+                sleep 1
+            done
+            echo failed
+            ;;
+        lsf)
+            case $(bjobs -noheader -o stat "$1") in
+                DONE) echo success ;;
+                EXIT | ZOMBI) echo failed ;;
+                *) echo running ;;
+            esac
+            ;;
+    esac
+}
+
+cancel() {
+    if [ $scheduler = lsf ]; then bkill "$@"; else qdel "$@"; fi
+}
+
+"$ask" "$@"
