@@ -43,24 +43,22 @@ def ctf(
     ``even`` (n, box, box // 2 + 1): phase of even aberrations, radians, as ``zernike_phase`` gives it.
     """
 
-    def column(x: Tensor) -> Tensor:
-        return x.to(defocus_u.dtype).reshape(-1, 1, 1)
-
-    sx, sy = frequencies(box, pixel_size, defocus_u.dtype, defocus_u.device)
+    # gamma is a sum of five maps, the same for every image: one matrix product.  The astigmatic term s^2 cos 2(theta - angle) is
+    # split by the double-angle formulas: no arctangent, and smooth at s = 0.
+    sx, sy = frequencies(box, pixel_size, torch.float64, defocus_u.device)
     s2 = sx**2 + sy**2
-    length = column(wavelength(voltage))
-    angle = torch.deg2rad(column(defocus_angle))
-    # s^2 cos 2(theta - angle) from the double-angle formulas: no arctangent, and smooth at s = 0.
-    s2_cos = (sx**2 - sy**2) * torch.cos(2 * angle) + 2 * sx * sy * torch.sin(2 * angle)
-    u, v = column(defocus_u), column(defocus_v)
-    gamma = math.pi * length * ((u + v) * s2 + (u - v) * s2_cos) / 2 - math.pi / 2 * column(cs) * 1e7 * length**3 * s2**2
-    gamma = gamma + torch.asin(column(amplitude_contrast))
-    if phase_shift is not None:
-        gamma = gamma + torch.deg2rad(column(phase_shift))
+    maps = torch.stack([s2, sx**2 - sy**2, 2 * sx * sy, s2**2, torch.ones_like(s2)]).flatten(1).to(defocus_u.dtype)
+    length = wavelength(voltage)
+    mean, half = math.pi * length * (defocus_u + defocus_v) / 2, math.pi * length * (defocus_u - defocus_v) / 2
+    twice = 2 * torch.deg2rad(defocus_angle)
+    constant = torch.asin(amplitude_contrast) + (0 if phase_shift is None else torch.deg2rad(phase_shift))
+    weights = [mean, half * torch.cos(twice), half * torch.sin(twice), -math.pi / 2 * cs * 1e7 * length**3, constant]
+    gamma = torch.stack([w.to(defocus_u.dtype).expand(len(defocus_u)) for w in weights], 1) @ maps
+    gamma = gamma.reshape(-1, box, box // 2 + 1)
     if even is not None:
         gamma = gamma - even  # RELION's gamma is minus this one
     values = torch.sin(gamma)
-    return values if scale is None else values * column(scale)
+    return values if scale is None else values * scale.reshape(-1, 1, 1)
 
 
 def beam_tilt_phase(box: int, pixel_size: float, tilt: Tensor, voltage: Tensor, cs: Tensor) -> Tensor:

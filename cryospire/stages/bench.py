@@ -154,16 +154,15 @@ def one(case: Case, device: torch.device, folder: Path, limits: dict[str, float]
     forget_peak(device)
     model, config = mixture(case)
     model.to(device)
-    data = _store(folder, case.box, (64 if device.type == "cuda" else 4) * case.batch)
+    data = _store(folder, case.box, (64 if device.type == "cuda" else 4) * case.batch).to(device)
     latents = Latents(0.1 * torch.randn(len(data), LATENT), 0)
     adam = loop.optimizer(model, config)
-    first = next(_epoch(data, config))
-    on = [t.to(device) for t in (latents.take(first.rows), first.rotation, first.shift, first.transfer, first.images)]
+    first = next(_epoch(data, config)).to(device)
+    on = [latents.take(first.rows).to(device), first.rotation, first.shift, first.transfer, first.images]
 
     def step(batch: Batch) -> None:
         zb = latents.take(batch.rows)
-        inputs = [t.to(device, non_blocking=True) for t in (zb, batch.rotation, batch.shift, batch.transfer, batch.images)]
-        loss = model(*inputs).mean() + loop.prior(model, config)
+        loss = model(zb.to(device), batch.rotation, batch.shift, batch.transfer, batch.images).mean() + loop.prior(model, config)
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()
@@ -193,7 +192,7 @@ def streamed(step: Callable[[Batch], None], data: Particles, config: Training, d
     times: list[float] = []
     while len(times) < REPEATS or sum(times) < 2 * seconds:
         last = time.perf_counter()
-        for batch in prefetch(_epoch(data, config), device.type):
+        for batch in prefetch(_epoch(data, config), device):
             step(batch)
             wait(device)
             times.append(time.perf_counter() - last)

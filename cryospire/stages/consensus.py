@@ -62,7 +62,7 @@ def insert_all(data: Particles, log: Path | None = None) -> tuple[Tensor, Tensor
     with Progress("consensus", len(data), metrics=log) as progress:
         for start in range(0, len(data), BATCH):
             rows = np.arange(start, min(start + BATCH, len(data)), dtype=np.int64)
-            images = torch.from_numpy(data.read(rows).astype(np.float32))
+            images = torch.from_numpy(data.read(rows)).float()
             slices, weights = insertion.weighted_slices(images, data.transfer(rows), data.shift[rows] / data.pixel_size)
             which = torch.from_numpy((data.half_set[rows].astype(np.int64) - 1) * parts + rows % parts)
             insert(numerator, weight, slices, weights, data.rotation[rows], which)

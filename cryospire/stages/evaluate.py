@@ -164,7 +164,7 @@ def back_project_states(data: Particles, label: Tensor, states: int) -> Tensor:
         numerator, weight = insertion.accumulators(count, data.box, pad)
         chosen = torch.nonzero((label >= first) & (label < first + count))[:, 0].numpy()
         for rows in np.array_split(chosen, -(-len(chosen) // BATCH)):
-            images = torch.from_numpy(data.read(rows).astype(np.float32))
+            images = torch.from_numpy(data.read(rows)).float()
             slices, weights = insertion.weighted_slices(images, data.transfer(rows), data.shift[rows] / data.pixel_size)
             insert(numerator, weight, slices, weights, data.rotation[rows], label[rows] - first)
         volumes += [insertion.reconstruct(n, w, data.box, data.pixel_size) for n, w in zip(numerator, weight, strict=True)]

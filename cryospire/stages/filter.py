@@ -69,7 +69,7 @@ def evidence(model: Mixture, latents: Tensor, data: Particles) -> Tensor:
     values = torch.empty(len(data))
     with Progress("filter", len(data), "images") as progress:
         for rows in np.array_split(np.arange(len(data)), -(-len(data) // BATCH)):
-            z, images = latents[rows], torch.from_numpy(data.read(rows).astype(np.float32))
+            z, images = latents[rows], torch.from_numpy(data.read(rows)).float()
             energy = model(z, data.rotation[rows], data.shift[rows], data.transfer(rows), images)
             values[rows] = images.square().sum((1, 2)) / 2 - energy - model.config.lambda_z / 2 * z.square().sum(1)
             progress.advance(len(rows))

@@ -110,7 +110,7 @@ def of_parts(mixture: Mixture, part: Tensor, z: Tensor, data: Particles, rows: R
 
     A point x of the part at rest is seen at ``R (R_p x + t_p) + shift``, as strongly as the part is there.
     """
-    images, transfer = torch.from_numpy(data.read(rows).astype(np.float32)), data.transfer(rows)
+    images, transfer = torch.from_numpy(data.read(rows)).float(), data.transfer(rows)
     rotation, shift = data.rotation[rows], data.shift[rows]
     with torch.no_grad():
         seen = [fourier.rfft(own) * transfer for own in mixture.project_parts(part, z, rotation, shift)]

@@ -69,6 +69,7 @@ def fit(
     start, stop = int(bounds[lanes.start]), int(bounds[lanes.stop])
     latents = Latents(z[start:stop].clone(), start)
     model.to(team.device)
+    data.to(team.device)
     likelihood = team.wrap(model)
     adam = optimizer(model, config)
     base_rates = [g["lr"] for g in adam.param_groups]
@@ -118,12 +119,12 @@ def fit(
         for epoch in range(first_epoch, config.epochs):
             began = time.monotonic()
             source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)
-            for step, batch in enumerate(prefetch(source, team.device.type), first_step):
+            for step, batch in enumerate(prefetch(source, team.device), first_step):
                 factor = decay((epoch * per_epoch + step) / (config.epochs * per_epoch))
                 for group, rate in zip(adam.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
                 zb = latents.take(batch.rows)
-                on = [t.to(team.device, non_blocking=True) for t in (zb, batch.rotation, batch.shift, batch.transfer, batch.images)]
+                on = [zb.to(team.device), batch.rotation, batch.shift, batch.transfer, batch.images]
                 if step % PROBE_EVERY == 0:
                     latents.learn(probe(model, on, config, lanes, (seed, epoch, step)), team)
                 energy = likelihood(*on)
@@ -174,18 +175,21 @@ def fit(
                     raise Interrupted
     columns = team.gather(latents.z)
     model.to("cpu")
+    data.to(torch.device("cpu"))
     return columns, history
 
 
 def probe(model: Mixture, batch: list[Tensor], config: Training, lanes: range, seed: tuple[int, ...]) -> Tensor:
     """``J^T e`` (B, D) for white noise e in the images, J the derivative of the whitened model image by the latent.
 
-    The noise is drawn for the whole global batch, of which a rank takes its lanes: the same whatever the number of ranks.
+    The noise, +1 or -1 in every pixel (of all white noise it makes Hutchinson's estimate vary least), is drawn for the whole
+    global batch, of which a rank takes its lanes: the same whatever the number of ranks.
     """
     z, rotation, shift, transfer, images = batch
-    noise = np.random.default_rng(seed).standard_normal((config.batch, *images.shape[1:]), dtype=np.float32)
-    first = lanes.start * (config.batch // config.lanes)
-    mine = torch.from_numpy(noise[first : first + len(z)]).to(images.device)
+    shape, first = (config.batch, *images.shape[1:]), lanes.start * (config.batch // config.lanes)
+    drawn = np.frombuffer(np.random.default_rng(seed).bytes(math.prod(shape) // 8 + 1), np.uint8)
+    bits = np.unpackbits(drawn, count=math.prod(shape)).reshape(shape)[first : first + len(z)]
+    mine = 2.0 * torch.from_numpy(bits).to(images.device) - 1
     back = torch.fft.irfft2(torch.fft.rfft2(mine) * transfer, s=mine.shape[1:])
     zs = z.detach().requires_grad_()
     return torch.autograd.grad((model.project(zs, rotation, shift) * back).sum(), zs)[0].cpu()

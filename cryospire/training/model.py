@@ -67,15 +67,13 @@ class Mixture(nn.Module):
         self.anchor_motion: nn.Module | None = None
         self.anchor_centre: Tensor
         self.anchor_feature: Tensor
+        self.anchor: Tensor  # (G,), of each Gaussian
+        owned = torch.repeat_interleave(torch.arange(len(self.anchor_sizes)), torch.tensor(self.anchor_sizes, dtype=torch.long))
+        self.register_buffer("anchor", owned, persistent=False)
         self.register_buffer("anchor_centre", torch.zeros(3, len(self.anchor_sizes)))  # pixels
         self.register_buffer("anchor_feature", torch.zeros(len(self.anchor_sizes), features))
         if isinstance(config, Train) and config.anchor_motion:
             self.anchor_motion = mlp(latent + features, config.hidden, config.layers, 9)
-
-    @property
-    def anchor(self) -> Tensor:
-        """Anchor (G,) of each Gaussian."""
-        return torch.repeat_interleave(torch.arange(len(self.anchor_sizes)), torch.tensor(self.anchor_sizes, dtype=torch.long))
 
     @property
     def scale(self) -> Tensor:
@@ -90,7 +88,7 @@ class Mixture(nn.Module):
             phase = (self.centre.T[:, :, None] * (2 / self.box) * bands).flatten(1)
             return torch.cat([phase.sin(), phase.cos()], 1)
         if self.anchor_sizes:
-            return self.anchor_feature[self.anchor.to(self.feature.device)] + self.feature
+            return self.anchor_feature[self.anchor] + self.feature
         return self.feature
 
     def anchor_pose(self, z: Tensor) -> tuple[Tensor, Tensor]:
