@@ -6,6 +6,7 @@ set -euo pipefail
 nodes=$1 workers=$2 cpus=$3
 shift 3
 if [ "$workers" = 1 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
+    export CRYOSPIRE_WORKERS=$workers # threads of the command itself, on one node
     # shellcheck disable=SC2086
     exec ${CRYOSPIRE_CONTAINER:-} "$@"
 fi

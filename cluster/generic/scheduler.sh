@@ -4,10 +4,11 @@
 #   scheduler.sh status ID                                                    prints success, running or failed
 #   scheduler.sh cancel ID...
 # NODES, GPUS and TASKS are of the whole job, CPUS of a task, MEM_MB of a node.  Queue, account and the like: FLAGS.
+# A scheduler that does not answer is taken to be busy, and the job to be running.
 set -euo pipefail
 FLAGS=()                      # as (-q long -P cryo)
 PE_NODE=smp PE_NODES=mpi      # Grid Engine: parallel environments on one node and over several
-GPU=gpu                       # Grid Engine: the complex that counts GPUs
+GPU=gpu                       # Grid Engine: the complex that counts GPUs, of a job and not of a slot (consumable JOB)
 logs=cluster_logs
 ask=$1
 shift
@@ -30,9 +31,9 @@ submit() {
             qsub -N "$name" -V -j oe -o "$logs/" "${FLAGS[@]}" -l "walltime=$(printf %d:%02d:00 $((minutes / 60)) $((minutes % 60)))" -l place=scatter \
                 -l "select=$nodes:ncpus=$here:mpiprocs=$each:mem=${mem}mb$([ "$gpus" = 0 ] || echo ":ngpus=$gpus_here")" "$script"
             ;;
-        sge) # memory and GPUs are counted for every slot
+        sge) # memory is counted for every slot
             local needs=(-l "h_rt=$((minutes * 60)),mem_free=$(((mem + here - 1) / here))M")
-            [ "$gpus" = 0 ] || needs+=(-l "$GPU=$(((gpus_here + here - 1) / here))")
+            [ "$gpus" = 0 ] || needs+=(-l "$GPU=$gpus")
             [ "$slots" = 1 ] || needs+=(-pe "$([ "$nodes" = 1 ] && echo $PE_NODE || echo $PE_NODES)" "$slots")
             qsub -terse -N "$name" -V -cwd -S /bin/bash -j y -o "$logs/" "${FLAGS[@]}" "${needs[@]}" "$script"
             ;;
@@ -45,11 +46,12 @@ submit() {
 }
 
 status() {
-    local state code
+    local shown state code
     case $scheduler in
         pbs)
-            state=$(qstat -x -f "$1" | sed -n 's/^ *job_state = //p')
-            code=$(qstat -x -f "$1" | sed -n 's/^ *Exit_status = //p')
+            shown=$(qstat -x -f "$1") || { echo running && return; }
+            state=$(sed -n 's/^ *job_state = //p' <<<"$shown")
+            code=$(sed -n 's/^ *Exit_status = //p' <<<"$shown")
             case $state in
                 F | C) [ "$code" = 0 ] && echo success || echo failed ;;
                 *) echo running ;;
@@ -57,22 +59,23 @@ status() {
             ;;
         sge) # a job that has ended is in the accounts, some seconds later
             for _ in {1..60}; do
-                state=$(qstat -u '*' | awk -v id="$1" '$1 == id { print $5; exit }')
+                shown=$(qstat -u '*') || { echo running && return; }
+                state=$(awk -v id="$1" '$1 == id { print $5; exit }' <<<"$shown")
                 case $state in
                     E*) echo failed && return ;;
                     ?*) echo running && return ;;
                 esac
-                if code=$(qacct -j "$1" 2>/dev/null | awk '$1 == "failed" || $1 == "exit_status" { print $2 }' | tail -n 2 | tr '\n' ' '); then
-                    [ -z "$code" ] || { [ "$code" = "0 0 " ] && echo success || echo failed; return; }
-                fi
+                code=$(qacct -j "$1" 2>/dev/null | awk '$1 == "failed" || $1 == "exit_status" { print $2 }' | tail -n 2 | tr '\n' ' ') || true
+                [ -z "$code" ] || { [ "$code" = "0 0 " ] && echo success || echo failed; return; }
                 sleep 1
             done
             echo failed
             ;;
         lsf)
-            case $(bjobs -noheader -o stat "$1") in
+            shown=$(bjobs -noheader -o stat "$1" 2>&1) || true
+            case $shown in
                 DONE) echo success ;;
-                EXIT | ZOMBI) echo failed ;;
+                EXIT | ZOMBI | *"not found"*) echo failed ;;
                 *) echo running ;;
             esac
             ;;

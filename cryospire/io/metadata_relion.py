@@ -83,6 +83,9 @@ def read(path: Path, datadir: Path | None = None) -> ParticleTable:
     taken = reader.finish()
     half = column("rlnRandomSubset")
     refuse(~np.isin(half, (0, 1, 2)), path, "rlnRandomSubset", half, "expected 1 or 2")
+    if (half == 1).any() != (half == 2).any():
+        half = np.zeros(block.rows)
+        notes.append("all particles are of one half-set (rlnRandomSubset); they are divided anew at random")
     if np.any(column("rlnCtfBfactor") != 0):
         notes.append("rlnCtfBfactor is not zero and is not used")
     shift = _shift(columns, optics.pixel_size[group])

@@ -187,7 +187,9 @@ def join(ids: NDArray[np.int64], other: NDArray[np.int64], what: str) -> NDArray
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file: size and BLAKE2b of its first and last MiB; of a store: of every zarr.json, which hold the arrays' hashes."""
+    """Hash of a file: size and BLAKE2b of its first and last MiB; of a store: of every zarr.json, which hold
+    settings, inputs, and the hashes of arrays written whole by ``put`` (not of images and volumes, which are written in pieces).
+    """
     files = sorted(path.rglob("zarr.json")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         return "missing"

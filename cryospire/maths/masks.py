@@ -41,7 +41,7 @@ def soft_mask(volume: Tensor, threshold: float, edge: float, dilation: float = 2
         return torch.zeros_like(volume)
     values = volume.numpy()
     distance = (radius(volume.shape[-1], 3) / (volume.shape[-1] / 2)).numpy()
-    core = (values > (threshold or choose_threshold(values, distance))) & (distance < 1)
+    core = (values > max(threshold or choose_threshold(values, distance), 0)) & (distance < 1)
     pieces, count = ndimage.label(core)
     if not count:
         return torch.zeros_like(volume)

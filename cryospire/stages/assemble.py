@@ -51,6 +51,7 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, reconstruct
     own = configuration.section(config.assemble)
     mixture = load(model)
     found = stores.open_store(analysis, "analysis")
+    stores.check_made_from(found, "model", model, "analyse")
     states, lines = stores.read(found, "states/latent"), stores.read(found, "trajectories/latent")
     if states.shape[1] != mixture.latent:
         raise InputError(f"{analysis}: latents have {states.shape[1]} dimensions, {model} has {mixture.latent}; run analyse again")

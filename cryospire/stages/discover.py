@@ -47,14 +47,15 @@ def run(config: Config, *, particles: Path, consensus: Path, output: Path, force
         z = 0.1 * torch.randn(len(data), section_.latent)
         say(f"discover: {len(data):,} particles, box {data.box}, {section_.gaussians:,} Gaussians, {ranks.size} rank(s)")
         metrics = output.parent / "logs" / "discover.metrics.jsonl"
-        latents, history = fit("discover", model, z, data, section_, config.seed, ranks, checkpoints, metrics, force)
+        inputs = {"particles": particles, "consensus": consensus}
+        latents, history = fit("discover", model, z, data, section_, config.seed, ranks, checkpoints, metrics, inputs, force)
         if latents is not None:
             group = stores.create(
                 output,
                 "discovery",
                 config=section(section_),
                 seed=config.seed,
-                inputs={"particles": particles, "consensus": consensus},
+                inputs=inputs,
                 pixel_size=data.pixel_size,
                 box=data.box,
                 force=force,

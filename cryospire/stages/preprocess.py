@@ -113,12 +113,12 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
 
 @contextmanager
 def client(config: Config) -> Iterator[Client]:
-    """dask workers: those of ``DASK_SCHEDULER_ADDRESS`` where it is set, else threads: what they do lets go of Python's lock, and two
-    processes were half as fast as two threads, in page faults of their own."""
+    """dask workers: those of ``DASK_SCHEDULER_ADDRESS`` where it is set, else threads, ``CRYOSPIRE_WORKERS`` of them or as the config
+    says: what they do lets go of Python's lock, and two processes were half as fast as two threads, in page faults of their own."""
     with ExitStack() as stack:
         address: Any = os.environ.get("DASK_SCHEDULER_ADDRESS")
         if not address:
-            n = config.preprocess.workers
+            n = int(os.environ.get("CRYOSPIRE_WORKERS", config.preprocess.workers))
             quiet: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
             address = stack.enter_context(LocalCluster(n_workers=n, processes=False, threads_per_worker=1, memory_limit=0, **quiet))
         yield stack.enter_context(Client(address))

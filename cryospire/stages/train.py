@@ -31,6 +31,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
     data = Particles(stores.open_store(particles, "particles"))
     found = stores.open_store(discovery, "discovery")
     division = stores.open_store(parts, "parts")
+    stores.check_made_from(division, "discovery", discovery, "parts")
     rows = stores.join(data.id, stores.read(found, "id"), f"{discovery} against {particles}")
     z = torch.from_numpy(stores.read(found, "latents")[rows])
     start_threads(config.threads)
@@ -40,17 +41,19 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
         coarse = load(discovery)
         say(f"train: {len(data):,} particles, box {data.box}, {settings.gaussians:,} Gaussians, head {settings.head}, {ranks.size} rank(s)")
         model, parent = inherit(config, coarse, division, data.box, data.pixel_size)
-        if not (checkpoints / "last.ckpt").exists():
-            warm_start(model, division, parent, z)
         metrics = output.parent / "logs" / "train.metrics.jsonl"
-        latents, history = fit("train", model, z, data, settings, config.seed, ranks, checkpoints, metrics, force)
+        inputs = {"particles": particles, "discovery": discovery, "parts": parts}
+        latents, history = fit(
+            "train", model, z, data, settings, config.seed, ranks, checkpoints, metrics, inputs, force,
+            prepare=lambda: warm_start(model, division, parent, z),
+        )  # fmt: skip
         if latents is not None:
             group = stores.create(
                 output,
                 "model",
                 config=section(settings),
                 seed=config.seed,
-                inputs={"particles": particles, "discovery": discovery, "parts": parts},
+                inputs=inputs,
                 pixel_size=data.pixel_size,
                 box=data.box,
                 force=force,
@@ -59,7 +62,8 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
             discover.write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)
             before, after = float(stores.read(found, "history/loss")[-1]), history["loss"][-1]
-            if after > before:
+            alike = coarse.box == data.box and len(rows) == len(found["id"]) and coarse.config.lambda_z == settings.lambda_z  # type: ignore[arg-type]
+            if alike and after > before:
                 words = f"loss {after:.1f}, there {before:.1f}"
                 say(f"train: WARNING: the images are explained worse than by stage 1 ({words}); try a lower train.lr")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from cryospire import kernels
 from cryospire.config import Train, Training, section
 from cryospire.conventions import InputError
+from cryospire.io import stores
 from cryospire.log import Progress, memory_gb, say
 from cryospire.training import checkpoint
 from cryospire.training.data import Particles, batches, lane_bounds, prefetch, steps_in_epoch
@@ -57,13 +58,21 @@ def fit(
     team: Team,
     folder: Path,
     metrics: Path,
+    inputs: Mapping[str, Path],
     force: bool = False,
+    prepare: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor | None, dict[str, list[float]]]:
     """Train ``model`` in place.  ``z`` (N, D): first latents of all particles.
 
     Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch.  Resumes from the
-    checkpoint in ``folder`` if one of this run is there.
+    checkpoint in ``folder`` if one of this run, with the same ``inputs``, is there; else calls ``prepare`` first.
     """
+    identity = {"stage": stage, "config": _identity(config), "seed": seed} | {k: stores.fingerprint(path) for k, path in inputs.items()}
+    if team.rank == 0 and force:
+        checkpoint.clear(folder)
+    saved = team.broadcast(checkpoint.load(folder, identity) if team.rank == 0 else None)
+    if saved is None:
+        prepare()
     lanes = team.lanes(config.lanes, config.batch)
     bounds = lane_bounds(len(data), config.lanes)
     start, stop = int(bounds[lanes.start]), int(bounds[lanes.stop])
@@ -75,20 +84,8 @@ def fit(
     base_rates = [g["lr"] for g in adam.param_groups]
     per_epoch = steps_in_epoch(len(data), config.lanes, config.batch)
     history: dict[str, list[float]] = {k: [] for k in ("epoch", "loss", "latent_sd", "learning_rate", "images_per_second", "memory_gb")}
-    identity = {
-        "stage": stage,
-        "config": _identity(config),
-        "seed": seed,
-        "particles": len(data),
-        "first_id": int(data.id[0]),
-        "last_id": int(data.id[-1]),
-    }
-
     first_epoch = first_step = 0
     running = 0.0
-    if team.rank == 0 and force:
-        checkpoint.clear(folder)
-    saved = team.broadcast(checkpoint.load(folder, identity) if team.rank == 0 else None)
     if saved is not None:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
@@ -118,6 +115,7 @@ def fit(
         progress.skip(first_epoch * len(data) + min(first_step * config.batch, len(data)))
         for epoch in range(first_epoch, config.epochs):
             began = time.monotonic()
+            factor = decay((epoch * per_epoch + first_step) / (config.epochs * per_epoch))
             source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)
             for step, batch in enumerate(prefetch(source, team.device), first_step):
                 factor = decay((epoch * per_epoch + step) / (config.epochs * per_epoch))

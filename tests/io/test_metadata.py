@@ -108,6 +108,13 @@ def test_star_dialects(tmp_path: Path, name: str) -> None:
     assert t.optics.voltage.tolist() == [300] and len(t) == 6
 
 
+def test_one_half_of_a_refinement_is_divided_anew(tmp_path: Path) -> None:
+    p = builders.planted(tmp_path, n=6)
+    columns = builders.particle_columns(p) | {"rlnRandomSubset": np.ones(6, int)}
+    t = metadata.read(builders.star31(tmp_path / "half.star", p, particles=columns))
+    assert not t.half_set.any() and any("divided anew" in note for note in t.notes)
+
+
 def test_stacks_are_found_beside_the_table_above_it_or_under_datadir(tmp_path: Path) -> None:
     p = builders.planted(tmp_path / "project" / "Extract" / "job001", 6)
     p.names = [name.replace("@", "@Extract/job001/") for name in p.names]

@@ -13,9 +13,7 @@ def t(*values: float) -> torch.Tensor:
 @pytest.mark.parametrize("angle", [0.0, 30.0, 110.0])
 def test_ctf_is_torch_ctfs(angle):
     mine = ctf(64, 1.7, t(15000), t(13000), t(angle), t(300), t(2.7), t(0.1), t(20))[0]
-    theirs = torch_ctf.calculate_ctf_2d(
-        t(1.4)[0], 0.1, angle, 300, 2.7, 0.1, 20, 1.7, (64, 64), rfft=True, fftshift=False
-    )
+    theirs = torch_ctf.calculate_ctf_2d(t(1.4)[0], 0.1, angle, 300, 2.7, 0.1, 20, 1.7, (64, 64), rfft=True, fftshift=False)
     assert (mine - theirs).abs().max() < 1e-3  # the two know the wavelength to six digits
 
 

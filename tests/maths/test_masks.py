@@ -32,3 +32,10 @@ def test_faint_density_is_kept_and_noise_is_not():
     assert (mask[(faint > 0)] > 0.9).all()
     assert mask[radius(48, 3) > 20.5].max() == 0
     assert mask.mean() < 3 * (ball(48, 8) + faint).clamp(max=1).mean()
+
+
+def test_density_below_zero_is_no_core():
+    """Holes outweigh the density: a threshold from the map falls below zero, but what is empty stays out."""
+    mask = soft_mask(ball(48, 6, (10, 0, 0)) - 2 * ball(48, 9, (-10, 0, 0)), 0.0, edge=3)
+    assert mask[radius(48, 3, (10, 0, 0)) < 6].min() > 0.9
+    assert mask[radius(48, 3, (10, 0, 0)) > 11.5].max() == 0

@@ -1,6 +1,7 @@
 """The loop: latents' Adam against torch's, resuming bit for bit, ranks against one process, damaged checkpoints."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,8 +36,9 @@ def train(store: Path, folder: Path, **changes: object) -> tuple[torch.Tensor | 
     torch.nn.init.normal_(model.feature, std=0.1)
     with team() as ranks:
         z, history = fit(
-            "test", model, 0.1 * torch.randn(len(data), 2), data, config, 1, ranks, folder / "checkpoints", folder / "metrics.jsonl"
-        )
+            "test", model, 0.1 * torch.randn(len(data), 2), data, config, 1, ranks, folder / "checkpoints", folder / "metrics.jsonl",
+            {"particles": store},
+        )  # fmt: skip
     return z, model, history
 
 
@@ -83,6 +85,24 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: P
     assert z is not None and again is not None and torch.equal(z, again)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model_again.state_dict().values(), strict=True))
     assert history["loss"] == pytest.approx(history_again["loss"], rel=1e-12)
+
+
+def test_a_checkpoint_of_the_last_step_of_an_epoch_goes_on(particles: Path, tmp_path: Path) -> None:
+    """Ten steps an epoch, and a checkpoint at every tenth: the last one is kept after the last step of all."""
+    whole = train(particles, tmp_path, batch=20, epochs=2, checkpoint_minutes=0.0)
+    again = train(particles, tmp_path, batch=20, epochs=2, checkpoint_minutes=0.0)
+    assert whole[0] is not None and again[0] is not None and torch.equal(whole[0], again[0])
+    assert whole[2]["loss"] == pytest.approx(again[2]["loss"], rel=1e-12)
+
+
+def test_a_checkpoint_made_from_other_inputs_is_refused(particles: Path, tmp_path: Path) -> None:
+    """Other particles, as many and of the same ids, as after another preprocessing."""
+    train(particles, tmp_path / "run", batch=20, epochs=1, checkpoint_minutes=0.0)
+    other = Path(shutil.copytree(particles, tmp_path / "other.zarr"))
+    scale = 0.9 * stores.read(stores.open_store(other, "particles"), "ctf/scale")
+    stores.put(stores.writable(other), "ctf/scale", scale, ("particle",), "scale")
+    with pytest.raises(InputError, match="belongs to another run \\(particles differ\\)"):
+        train(other, tmp_path / "run", batch=20, epochs=1, checkpoint_minutes=0.0)
 
 
 RANKS = """

@@ -57,7 +57,7 @@ def test_parts_that_come_and_go_are_not_lost(tmp_path: Path, plant: Callable[...
         division.create_array(name, data=values.contiguous().numpy())
     warm_start(model, division, part, z)
     with team() as alone:
-        latents, history = fit("train", model, z, data, config, 1, alone, tmp_path / "checkpoints", tmp_path / "metrics.jsonl")
+        latents, history = fit("train", model, z, data, config, 1, alone, tmp_path / "checkpoints", tmp_path / "metrics.jsonl", {})
     truth = BOX**2 / 2 + float(z.square().sum(1).mean()) / 2
     assert history["loss"][-1] < truth + 2
     assert latents is not None

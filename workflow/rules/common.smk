@@ -105,17 +105,22 @@ def dask(wildcards, threads, resources):
     return started_by("dask.sh", threads, resources) if SITE else ""
 
 
+def shared(threads, resources):
+    """Ranks on one machine share its cores: Snakemake would give each of them all."""
+    return f"env OMP_NUM_THREADS={max(1, threads // resources.tasks)}"
+
+
 def ddp(wildcards, threads, resources):
     """Prefix that starts the ranks of a training: cluster/launch.sh inside a job, torchrun on one machine."""
     if SITE:
         return started_by("launch.sh", threads, resources)
-    return f"torchrun --standalone --nproc-per-node={resources.tasks} --no-python" if resources.tasks > 1 else ""
+    return f"{shared(threads, resources)} torchrun --standalone --nproc-per-node={resources.tasks} --no-python" if resources.tasks > 1 else ""
 
 
 def mpi(wildcards, threads, resources):
     """Prefix that starts MPI ranks."""
     if SITE is None:
-        return f"mpiexec -n {resources.tasks}" if resources.tasks > 1 else ""
+        return f"{shared(threads, resources)} mpiexec -n {resources.tasks}" if resources.tasks > 1 else ""
     shape = f"-N {resources.nodes} -n {resources.tasks} -c {threads}" if SITE.mpi.startswith("srun") else f"-n {resources.tasks}"
     return f"{SITE.mpi} {shape} {SITE.container}"
 
