@@ -53,8 +53,6 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, reconstruct
     found = stores.open_store(analysis, "analysis")
     stores.check_made_from(found, "model", model, "analyse")
     states, lines = stores.read(found, "states/latent"), stores.read(found, "trajectories/latent")
-    if states.shape[1] != mixture.latent:
-        raise InputError(f"{analysis}: latents have {states.shape[1]} dimensions, {model} has {mixture.latent}; run analyse again")
     box = config.assemble.box or mixture.box
     if box % 2:
         raise InputError(f"assemble.box: {box} is odd; boxes are even")

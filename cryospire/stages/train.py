@@ -62,7 +62,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
             discover.write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)
             before, after = float(stores.read(found, "history/loss")[-1]), history["loss"][-1]
-            alike = coarse.box == data.box and len(rows) == len(found["id"]) and coarse.config.lambda_z == settings.lambda_z  # type: ignore[arg-type]
+            alike = coarse.box == data.box and coarse.config.lambda_z == settings.lambda_z and len(stores.read(found, "id")) == len(rows)
             if alike and after > before:
                 words = f"loss {after:.1f}, there {before:.1f}"
                 say(f"train: WARNING: the images are explained worse than by stage 1 ({words}); try a lower train.lr")
