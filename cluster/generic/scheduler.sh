@@ -49,7 +49,8 @@ status() {
     local shown state code
     case $scheduler in
         pbs)
-            shown=$(qstat -x -f "$1") || { echo running && return; }
+            # PBS remembers ended jobs where job_history_enable is set, as it has to be.
+            shown=$(qstat -x -f "$1" 2>&1) || { [[ $shown == *"Unknown Job"* ]] && echo failed || echo running; return; }
             state=$(sed -n 's/^ *job_state = //p' <<<"$shown")
             code=$(sed -n 's/^ *Exit_status = //p' <<<"$shown")
             case $state in
