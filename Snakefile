@@ -29,6 +29,11 @@ if TRUTH is not None:
     include: "workflow/rules/evaluate.smk"
 
 
+if CONFIG.halves:
+
+    include: "workflow/rules/validate.smk"
+
+
 include: "workflow/rules/report.smk"
 
 

@@ -67,12 +67,13 @@ def discover(
     particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
     consensus: Annotated[Path, typer.Option(help="consensus.zarr", show_default=False)],
     output: Output,
+    half: Annotated[int, typer.Option(min=0, max=2, help="1 or 2: of this half-set alone")] = 0,
     force: Force = False,
 ) -> None:
     """Stage 1: a coarse mixture learns which Gaussians move or vanish together."""
     from cryospire.stages import discover as stage
 
-    stage.run(configuration.load(config), particles=particles, consensus=consensus, output=output, force=force)
+    stage.run(configuration.load(config), particles=particles, consensus=consensus, output=output, half=half, force=force)
 
 
 @app.command()
@@ -95,12 +96,13 @@ def train(
     discovery: Annotated[Path, typer.Option(help="discovery.zarr", show_default=False)],
     parts: Annotated[Path, typer.Option(help="parts.zarr", show_default=False)],
     output: Output,
+    half: Annotated[int, typer.Option(min=0, max=2, help="1 or 2: of this half-set alone")] = 0,
     force: Force = False,
 ) -> None:
     """Stage 2: parts move rigidly, Gaussians flex and switch on and off."""
     from cryospire.stages import train as stage
 
-    stage.run(configuration.load(config), particles=particles, discovery=discovery, parts=parts, output=output, force=force)
+    stage.run(configuration.load(config), particles=particles, discovery=discovery, parts=parts, output=output, half=half, force=force)
 
 
 @app.command()
@@ -162,6 +164,21 @@ def evaluate(
         configuration.load(config), model=model, consensus=consensus, particles=particles, truth=truth, output=output,
         reconstruction=reconstruction,
     )  # fmt: skip
+
+
+@app.command()
+def validate(
+    config: ConfigPath,
+    model: Annotated[Path, typer.Option(help="model.zarr of all particles", show_default=False)],
+    analysis: Annotated[Path, typer.Option(help="analysis.zarr", show_default=False)],
+    half1: Annotated[Path, typer.Option(help="model.zarr of half-set 1", show_default=False)],
+    half2: Annotated[Path, typer.Option(help="model.zarr of half-set 2", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", help="validation.json; figure and half-maps go beside it", show_default=False)],
+) -> None:
+    """Two trainings that share no image: how far volumes, differences between states, parts and motions agree."""
+    from cryospire.stages import validate as stage
+
+    stage.run(configuration.load(config), model=model, analysis=analysis, half1=half1, half2=half2, output=output)
 
 
 @app.command()

@@ -138,6 +138,7 @@ class Config(Section):
     truth: Path | None = Field(None, description="folder of known volumes and labels, from `cryospire simulate`; adds the stage evaluate")
     output: Path = Field(Path("results"), description="folder of every result")
     seed: int = Field(0, ge=0)
+    halves: bool = Field(False, description="also train on each half-set alone, which takes as long again, and compare: adds the stage validate")
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all that are given to it")
     simulate: Simulate | None = Field(None, description="present only when the particles are to be simulated")
     preflight: Preflight = Preflight()

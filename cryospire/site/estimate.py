@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from cryospire.site.settings import Site
 
 STAGES = (
     "simulate", "preflight", "preprocess", "consensus", "discover", "parts", "train", "reconstruct", "analyse", "assemble", "evaluate",
-    "report",
+    "validate", "report",
 )  # fmt: skip
 TRAININGS = {"discover": 101, "train": 102}
+OF_HALVES = ("discover", "parts", "train")  # run again on each half-set, where the config wants that
 
 # Rates, deliberately on the slow side; a job that needs more is retried with more.
 CPU_GFLOPS = 8.0  # of one core, in training: networks and splat together
@@ -49,6 +50,11 @@ class Need:
     nodes: int = 1
     tasks: int = 1
     disk_mb: int = 0
+
+
+def half_of(data: Data) -> Data:
+    """Size of a half-set."""
+    return replace(data, particles=-(-data.particles // 2))
 
 
 def measure(config: Config) -> Data:
@@ -179,7 +185,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         tasks = site.mpi_ranks if site else 1
         maps = 12 + 2 * most_parts(config)  # detail and mask of every part stay in memory
         memory, seconds, disk = maps * side**3 * 4 / 1e6, 3 * volumes * (side / 64) ** 3, 2 * volumes * side**3 * 4 / 1e6
-    elif stage == "evaluate":
+    elif stage in ("evaluate", "validate"):
         memory, seconds = 1000 + 60 * b**3 * 4 / 1e6, 300 * (b / 64) ** 3
     on_node = -(-tasks // nodes)
     bound = site.max_mem_mb if site and site.max_mem_mb else 1 << 40
@@ -191,15 +197,26 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
     )  # fmt: skip
 
 
-def summary(config: Config, stages: list[str], data: Data, site: Site | None, cores: int = 1) -> str:
+def needs(config: Config, without: set[str], data: Data, site: Site | None, cores: int = 1) -> dict[str, Need]:
+    """Of every stage that this config runs, ``without`` some; trainings on half-sets are named ``train half1``, and so on."""
+    found = {stage: need(config, stage, data, site, cores=cores) for stage in STAGES if stage not in without}
+    if not config.halves:
+        found.pop("validate", None)
+        return found
+    for half in (1, 2):
+        found |= {f"{stage} half{half}": need(config, stage, half_of(data), site, cores=cores) for stage in OF_HALVES}
+    return found
+
+
+def summary(config: Config, without: set[str], data: Data, site: Site | None, cores: int = 1) -> str:
     """The estimate of a whole run, as lines for people."""
-    needs = {stage: need(config, stage, data, site, cores=cores) for stage in stages}
+    asked = needs(config, without, data, site, cores)
     lines = [f"estimate for {data.particles:,} particles, box {data.box}:"]
-    for stage, n in needs.items():
+    for stage, n in asked.items():
         where = f"{n.gpu} GPU on {n.nodes} node(s)" if n.gpu else f"{n.tasks} task(s) on {n.nodes} node(s)"
         lines.append(
-            f"  {stage:<10} {n.mem_mb / 1000:7.1f} GB memory a node  {n.runtime:6d} min limit  {n.disk_mb / 1000:9.3f} GB disk  {where}"
+            f"  {stage:<14} {n.mem_mb / 1000:7.1f} GB memory a node  {n.runtime:6d} min limit  {n.disk_mb / 1000:9.3f} GB disk  {where}"
         )
-    hours = sum(n.gpu * (n.runtime - MINUTES) / 2 / 60 for n in needs.values())
-    lines.append(f"  together {sum(n.disk_mb for n in needs.values()) / 1000:.2f} GB disk, about {hours:.1f} GPU-hours")
+    hours = sum(n.gpu * (n.runtime - MINUTES) / 2 / 60 for n in asked.values())
+    lines.append(f"  together {sum(n.disk_mb for n in asked.values()) / 1000:.2f} GB disk, about {hours:.1f} GPU-hours")
     return "\n".join(lines)

@@ -73,8 +73,12 @@ def insert_all(data: Particles, log: Path | None = None) -> tuple[Tensor, Tensor
 
 def wiener(curve: Tensor) -> Tensor:
     """Filter (shells,) for the sum of two half-maps of this FSC: ``2 FSC / (1 + FSC)``, never rising again once it fell."""
-    falling = torch.cat([torch.ones_like(curve[:2]), curve[2:]]).cummin(0).values.clamp(min=0)
-    return 2 * falling / (1 + falling)
+    return 2 * falling(curve) / (1 + falling(curve))
+
+
+def falling(curve: Tensor) -> Tensor:
+    """An FSC (shells,) that never rises again once it fell."""
+    return torch.cat([torch.ones_like(curve[:2]), curve[2:]]).cummin(0).values.clamp(min=0)
 
 
 def load_map(path: Path, box: int, pixel_size: float) -> Tensor:

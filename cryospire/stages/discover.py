@@ -13,6 +13,8 @@ from torch import Tensor
 from cryospire.config import Config, section
 from cryospire.io import stores
 from cryospire.log import say
+from cryospire.maths import fourier
+from cryospire.stages.consensus import falling
 from cryospire.training import checkpoint
 from cryospire.training import model as mixtures
 from cryospire.training.data import Particles
@@ -29,32 +31,30 @@ HISTORY = {
 }
 
 
-def run(config: Config, *, particles: Path, consensus: Path, output: Path, force: bool = False) -> None:
-    """particles.zarr, consensus.zarr -> discovery.zarr."""
-    section_ = config.discover
+def run(config: Config, *, particles: Path, consensus: Path, output: Path, half: int = 0, force: bool = False) -> None:
+    """particles.zarr, consensus.zarr -> discovery.zarr; ``half`` 1 or 2: of that half-set alone, with a seed of its own."""
+    section_, seed = config.discover, config.seed + half
     stores.check_replaceable(output, "discovery", config=section(section_), force=force)
-    data = Particles(stores.open_store(particles, "particles"))
+    data = Particles(stores.open_store(particles, "particles"), half)
     density = stores.open_store(consensus, "consensus")
     start_threads(config.threads)
     checkpoints = output.parent / "checkpoints" / "discover"
     with team() as ranks:
-        seed_everything(config.seed, 1)
+        seed_everything(seed, 1)
         model = mixtures.Mixture(section_, section_.latent, section_.features, section_.gaussians, data.box, data.pixel_size)
-        model.place(
-            *seed_density(stores.read(density, "map"), stores.read(density, "mask"), section_.gaussians, data.pixel_size, config.seed)
-        )
+        model.place(*seed_density(seed_map(density, half), stores.read(density, "mask"), section_.gaussians, data.pixel_size, seed))
         torch.nn.init.normal_(model.feature, std=0.1)
         z = 0.1 * torch.randn(len(data), section_.latent)
         say(f"discover: {len(data):,} particles, box {data.box}, {section_.gaussians:,} Gaussians, {ranks.size} rank(s)")
         metrics = output.parent / "logs" / "discover.metrics.jsonl"
         inputs = {"particles": particles, "consensus": consensus}
-        latents, history = fit("discover", model, z, data, section_, config.seed, ranks, checkpoints, metrics, inputs, force)
+        latents, history = fit("discover", model, z, data, section_, seed, ranks, checkpoints, metrics, inputs, force)
         if latents is not None:
             group = stores.create(
                 output,
                 "discovery",
                 config=section(section_),
-                seed=config.seed,
+                seed=seed,
                 inputs=inputs,
                 pixel_size=data.pixel_size,
                 box=data.box,
@@ -74,6 +74,14 @@ def write(group: Any, model: mixtures.Mixture, latents: Tensor, data: Particles,
         long_name, units = HISTORY[name]
         stores.put(group, f"history/{name}", np.asarray(values), ("epoch",), long_name, units)
     stores.finish(group)
+
+
+def seed_map(consensus: Any, half: int) -> NDArray[np.float32]:
+    """The map that seeds the Gaussians: of all particles, or of one half-set, filtered by the FSC (Wiener's filter of a half-map)."""
+    if not half:
+        return stores.read(consensus, "map")
+    own = torch.from_numpy(stores.read(consensus, "half_maps")[half - 1])
+    return fourier.apply_radial(own, falling(torch.from_numpy(stores.read(consensus, "fsc"))), 3).numpy()
 
 
 def seed_density(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,17 @@ LIGHT = 0.05  # Gaussians of less than this fraction of the median mass are not 
 SAMPLE = 4096  # particles whose occupancies are looked at
 POINTS = 2000  # particles whose neighbours are looked at
 RADII = (0.01, 0.05, 0.2)  # neighbourhoods, in shares of these particles: CryoBench's range
+
+
+class Labelled(Protocol):
+    """Points of known part, state by state: atoms of a truth, or the Gaussians of another mixture."""
+
+    @property
+    def parts(self) -> int: ...
+
+    def atoms(self, state: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Positions (A, 3) Å and parts (A,) of what is present in a state."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,10 @@ class Segmentation:
         """The file that ``simulate`` writes, for some of its states."""
         f = np.load(path, allow_pickle=False)
         return Segmentation(f["position"], f["part"], f["rotation"][states], f["translation"][states], f["present"][states])
+
+    @property
+    def parts(self) -> int:
+        return self.present.shape[1]
 
     def atoms(self, state: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Positions and parts of the atoms that are present in a state."""
@@ -113,10 +128,9 @@ def judge_neighbours(latents: Tensor, label: Tensor, apart: Tensor) -> dict[str,
     }
 
 
-def assign(mixture: Mixture, means: Tensor, truth: Segmentation) -> Assignment:
+def assign(mixture: Mixture, means: Tensor, truth: Labelled) -> Assignment:
     """Every Gaussian votes, state by state, for the part of the atom nearest to it, with its occupancy there as weight."""
-    parts = truth.present.shape[1]
-    centres, votes, weights = [], torch.zeros(len(mixture.scale), parts), torch.zeros(len(mixture.scale))
+    centres, votes, weights = [], torch.zeros(len(mixture.scale), truth.parts), torch.zeros(len(mixture.scale))
     for state, z in enumerate(means):
         centre, amplitude, scale = mixture.forward_gaussians(z[None])
         position, part = truth.atoms(state)

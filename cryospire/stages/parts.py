@@ -139,6 +139,7 @@ def near_mean(feature: Array, position: Array, mass: Array) -> Array:
     Gaussians start with random features, and what training leaves of that is noise to the clustering; a part is a region.
     """
     _, near = cKDTree(position).query(position, max(1, round(NEAR * len(position))))
+    near = near.reshape(len(position), -1)  # of one neighbour, scipy leaves that axis out
     weight = mass[near][:, :, None]
     mean: Array = (feature[near] * weight).sum(1) / weight.sum(1).clip(min=1e-12)
     return mean.astype(np.float32)

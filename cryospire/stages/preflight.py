@@ -235,11 +235,7 @@ def costs(config: Config, table: ParticleTable, box: int) -> dict[str, Any]:
     """Memory (MB), time (minutes) and disk (MB) of every stage on this machine."""
     data = site.Data(len(table), int(table.optics.box.max()), box)
     threads = config.threads or torch.get_num_threads()
-    return {
-        stage: asdict(site.need(config, stage, data, None, cores=threads))
-        for stage in site.STAGES
-        if stage not in ("simulate", "preflight")
-    }
+    return {stage: asdict(n) for stage, n in site.needs(config, {"simulate", "preflight"}, data, None, threads).items()}
 
 
 def write(found: Findings, output: Path, config: Config, table: ParticleTable, sample: Sample, grid: tuple[int, float]) -> None:

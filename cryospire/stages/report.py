@@ -112,6 +112,8 @@ def history(results: Results, stage: str, name: str) -> dict[str, Array]:
 def costs(results: Results) -> str:
     """Time and memory of each stage from Snakemake's benchmarks, else from the metrics."""
     rows = [r for r in (cost(results.root, s) for s in status.STAGES) if r]
+    for half in status.halves(results.root):
+        rows += [(f"{r[0]} {half.name}", *r[1:]) for r in (cost(half, s) for s in status.STAGES) if r]
     if not rows:
         raise Missing("no stage has left a benchmark or metrics")
     names, seconds, memory = (list(c) for c in zip(*((r[0], r[1], r[2]) for r in rows), strict=True))
@@ -184,7 +186,8 @@ def build(results: Results, title: str) -> str:
     sections: list[tuple[str, Callable[[Results], str]]] = [
         ("Data", data), ("Preflight", preflight), ("Consensus", consensus), ("Training", training), ("Parts", more.parts),
         ("Maps of parts", more.part_maps), ("Latent space", more.latents), ("States", more.states), ("Trajectories", more.trajectories),
-        ("Occupancy", more.occupancy), ("Evaluation", more.evaluation), ("Time and memory", costs), ("Provenance", provenance),
+        ("Occupancy", more.occupancy), ("Half-sets apart", more.validation), ("Evaluation", more.evaluation), ("Time and memory", costs),
+        ("Provenance", provenance),
     ]  # fmt: skip
     shown = []
     with rc_context(figures.LOOK):

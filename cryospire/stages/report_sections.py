@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cryospire.io import stores
-from cryospire.stages import evaluate_model
+from cryospire.stages import evaluate_model, validate
 from cryospire.stages import report_figures as figures
 from cryospire.stages import report_page as page
 from cryospire.stages.report_results import Missing, Results, array
@@ -231,6 +231,25 @@ def evaluation(results: Results) -> str:
     drawn = results.root / "evaluation.png"
     shown = page.image_file(drawn.read_bytes(), "png", "FSC with the truth, and latents coloured by true state.") if drawn.exists() else ""
     return said + page.table(rows, head) + more + shown
+
+
+def validation(results: Results) -> str:
+    """How far two trainings that share no image agree."""
+    found = results.json("validation.json")
+    rows = []
+    for name, m in (("volumes", found["volumes"]), ("differences from the mean volume", found["differences"])):
+        resolution = m["resolution"]
+        rows.append((name, f"{resolution['mean']:.1f} ({resolution['sd']:.1f})", f"{m['area']['mean']:.3f}"))
+    head = (f"of {found['states']} states", f"resolution at {found['threshold']}, Å (sd over states)", "area under FSC, at most 0.5")
+    said = page.text(
+        "Stage 1, parts and stage 2 ran again on each half-set alone: what both show of a state is in the data, not made by a model.",
+        "The FSC of volumes tells how well the molecule is known, that of the differences how well its changes are.",
+    )
+    more = "".join(page.text(f"{line}.") for line in validate.sentences(found))
+    drawn = results.root / "validation.png"
+    caption = "FSC between the half-sets; turn and occupancy of parts in each."
+    shown = page.image_file(drawn.read_bytes(), "png", caption) if drawn.exists() else ""
+    return said + page.table(rows, head) + more + shown + page.text("Half-maps of every state are in validation/.")
 
 
 def scores(results: Results) -> list[tuple[str, str]]:

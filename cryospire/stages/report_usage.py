@@ -25,6 +25,8 @@ class Usage:
 def of_run(root: Path, seconds: dict[str, float]) -> Usage | None:
     """Of the stages that used GPUs or told a job id; ``seconds`` is their wall time.  None where there is nothing to tell."""
     records = {stage: status.read_metrics(root / "logs" / f"{stage}.metrics.jsonl") for stage in status.STAGES}
+    for half in status.halves(root):
+        records |= {f"{stage} {half.name}": status.read_metrics(half / "logs" / f"{stage}.metrics.jsonl") for stage in status.STAGES}
     jobs = sorted({str(r["job"]) for found in records.values() for r in found if r.get("job")})
     counted = from_accounting(sacct(jobs)) if jobs else None
     if counted is not None:

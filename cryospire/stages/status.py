@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import duration
+from cryospire.site import estimate
 
 # Stage -> what it writes, in the order of the workflow.
 STAGES = {
     "simulate": "benchmarks/simulate.tsv", "preflight": "preflight.json", "preprocess": "particles.zarr", "consensus": "consensus.zarr",
     "discover": "discovery.zarr", "parts": "parts.zarr", "train": "model.zarr",
     "reconstruct": "reconstruction.zarr", "analyse": "analysis.zarr", "assemble": "volumes.zarr", "evaluate": "evaluation.json",
-    "report": "report.html",
+    "validate": "validation.json", "report": "report.html",
 }  # fmt: skip
 FRESH = 180.0  # s since the last line of a log or metrics after which an unfinished stage no longer counts as running
 
@@ -95,7 +96,14 @@ def read(results: Path) -> list[Stage]:
         raise InputError(f"{results}: no such folder of results")
     now = time.time()
     found = [read_stage(results, name, now) for name in STAGES]
-    return [s for s in found if s.name not in ("simulate", "evaluate", "preflight") or s.state != "waiting"]
+    for half in halves(results):
+        found += [replace(read_stage(half, name, now), name=f"{name} {half.name}") for name in estimate.OF_HALVES]
+    return [s for s in found if s.name not in ("simulate", "evaluate", "preflight", "validate") or s.state != "waiting"]
+
+
+def halves(results: Path) -> list[Path]:
+    """Folders of the trainings on half-sets, where there are any."""
+    return [path for path in (results / "half1", results / "half2") if path.is_dir()]
 
 
 def cells(stage: Stage) -> list[str]:

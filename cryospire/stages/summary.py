@@ -30,6 +30,11 @@ def lines(results: Path) -> Iterator[str]:
             yield f"{name:<12}{tell(stores.open_store(path, name))}"
     if (results / "evaluation.json").exists():
         yield from scores(json.loads((results / "evaluation.json").read_text()))
+    if (results / "validation.json").exists():
+        from cryospire.stages import validate
+
+        for line in validate.sentences(json.loads((results / "validation.json").read_text())):
+            yield f"half-sets   {line}"
     yield ""
     places = {"report": "report.html", "volumes": "volumes", "part masks": "parts_masks", "stores": "*.zarr", "logs": "logs"}
     for what, pattern in places.items():

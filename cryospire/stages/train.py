@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cryospire.config import Config, section
+from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import say
 from cryospire.stages import discover
@@ -24,15 +25,18 @@ PRESENT = 0.95  # occupancy of what is there
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 
 
-def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output: Path, force: bool = False) -> None:
-    """particles.zarr, discovery.zarr, parts.zarr -> model.zarr."""
+def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output: Path, half: int = 0, force: bool = False) -> None:
+    """particles.zarr, discovery.zarr, parts.zarr -> model.zarr; ``half`` 1 or 2: of that half-set alone, as discovery.zarr is."""
     settings = config.train
+    config = config.model_copy(update={"seed": config.seed + half})
     stores.check_replaceable(output, "model", config=section(settings), force=force)
-    data = Particles(stores.open_store(particles, "particles"))
+    data = Particles(stores.open_store(particles, "particles"), half)
     found = stores.open_store(discovery, "discovery")
     division = stores.open_store(parts, "parts")
     stores.check_made_from(division, "discovery", discovery, "parts")
     rows = stores.join(data.id, stores.read(found, "id"), f"{discovery} against {particles}")
+    if half and len(stores.read(found, "id")) != len(rows):
+        raise InputError(f"{discovery}: holds other particles than those of half-set {half}; run discover --half {half}")
     z = torch.from_numpy(stores.read(found, "latents")[rows])
     start_threads(config.threads)
     checkpoints = output.parent / "checkpoints" / "train"

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.maths.ctf import ctf, zernike_phase
 from cryospire.maths.fourier import shells
@@ -67,22 +68,30 @@ class Batch:
 
 
 class Particles:
-    """The store's small columns in memory, its images on disk."""
+    """The store's small columns in memory, its images on disk; ``half`` 1 or 2: of that half-set alone.
 
-    def __init__(self, group: Any) -> None:
-        read = {name: stores.read(group, name) for name in ("id", "half_set", "pose/rotation", "pose/shift", "noise/whitening")}
-        self.id, self.half_set = read["id"], read["half_set"]
-        self.rotation, self.shift = torch.from_numpy(read["pose/rotation"]).float(), torch.from_numpy(read["pose/shift"]).float()
+    Raises InputError where a half-set is empty.
+    """
+
+    def __init__(self, group: Any, half: int = 0) -> None:
+        half_set = stores.read(group, "half_set")
+        self.row = np.flatnonzero(half_set == half) if half else np.arange(len(half_set))  # in the store
+        if half and not len(self.row):
+            raise InputError(f"{stores.where(group)}: half-set {half} holds no particles")
+        self.half_set = half_set[self.row]
+        self.id, rotation, shift = (stores.read(group, name)[self.row] for name in ("id", "pose/rotation", "pose/shift"))
+        self.rotation, self.shift = torch.from_numpy(rotation).float(), torch.from_numpy(shift).float()
         self.ctf = {
-            k: torch.from_numpy(stores.read(group, f"ctf/{k}")) for k in ("defocus_u", "defocus_v", "defocus_angle", "phase_shift", "scale")
+            k: torch.from_numpy(stores.read(group, f"ctf/{k}")[self.row])
+            for k in ("defocus_u", "defocus_v", "defocus_angle", "phase_shift", "scale")
         }
-        self.group = torch.from_numpy(stores.read(group, "ctf/group")).long()
+        self.group = torch.from_numpy(stores.read(group, "ctf/group")[self.row]).long()
         self.optics = {k: torch.from_numpy(stores.read(group, f"optics/{k}")) for k in ("voltage", "cs", "amplitude_contrast")}
         self.images = group["images"]
         self.box, self.pixel_size = int(group.attrs["box"]), float(group.attrs["pixel_size"])
         self.even = even_phase(group, self.box, self.pixel_size)
         self.block = self.images.chunks[0]
-        whitening = torch.from_numpy(read["noise/whitening"]).float()
+        whitening = torch.from_numpy(stores.read(group, "noise/whitening")).float()
         self.filters = whitening[:, shells(self.box).clamp(max=whitening.shape[1] - 1)]  # (group, box, box // 2 + 1)
 
     def __len__(self) -> int:
@@ -118,10 +127,11 @@ class Particles:
     def read(self, rows: Rows) -> NDArray[Any]:
         """Images of rows, block by block as they lie on disk."""
         out = np.empty((len(rows), self.box, self.box), self.images.dtype)
-        of_block = rows // self.block
+        at = self.row[rows]
+        of_block = at // self.block
         for b in np.unique(of_block):
             here = np.flatnonzero(of_block == b)
-            out[here] = self.images[b * self.block : (b + 1) * self.block][rows[here] - b * self.block]
+            out[here] = self.images[b * self.block : (b + 1) * self.block][at[here] - b * self.block]
         return out
 
 

@@ -83,8 +83,17 @@ def test_simulated_size_needs_no_file() -> None:
 
 
 def test_summary_names_every_stage() -> None:
-    text = estimate.summary(Config(), ["preprocess", "train"], LARGE, Site(gpus_per_node=4))
+    text = estimate.summary(Config(), {"simulate", "evaluate"}, LARGE, Site(gpus_per_node=4))
     assert "preprocess" in text and "GPU-hours" in text and "1,000,000 particles" in text
+    assert not any(name in text for name in ("simulate", "evaluate", "validate", "half"))
+
+
+def test_both_halves_together_take_about_as_long_as_the_whole() -> None:
+    asked = estimate.needs(Config(halves=True), set(), LARGE, None, 4)
+    for stage in ("discover", "train"):
+        whole, half = (asked[name].runtime - estimate.MINUTES for name in (stage, f"{stage} half2"))
+        assert 0.45 * whole < half <= 0.55 * whole
+    assert "validate" in asked and "validate" not in estimate.needs(Config(), set(), LARGE, Site())
 
 
 def test_the_site_file_holds_the_defaults() -> None:

@@ -69,7 +69,7 @@ def test_whole_page(run_folder: Path) -> None:
 
 def test_empty_run_names_what_is_missing(tmp_path: Path) -> None:
     text = html(tmp_path)
-    assert text.count("Not in this run") == 12  # all but the programs' versions
+    assert text.count("Not in this run") == 13  # all but the programs' versions
     with pytest.raises(InputError, match="no such folder"):
         report.run(Config(), results=tmp_path / "nowhere", output=tmp_path / "r.html")
 

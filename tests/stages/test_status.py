@@ -39,6 +39,16 @@ def test_states_of_a_run(tmp_path: Path, synthetic: SimpleNamespace, capsys: pyt
     assert "212.500" in shown and "parts.log" in shown and "cannot serve" in shown
 
 
+def test_trainings_on_half_sets_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", 3000, metrics=tmp_path / "half2/logs/train.metrics.jsonl") as progress:
+        progress.advance(1000)
+        progress.record(epoch=1, loss=212.5)
+    found = states(tmp_path)
+    assert found["train half2"] == "running" and found["train"] == found["discover half2"] == "waiting" and "train half1" not in found
+    status.run(tmp_path)
+    assert "212.500" in capsys.readouterr().out
+
+
 def test_a_long_first_epoch_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Node and job from the start; after a resume, epoch and loss of the last epoch that ended; after a new start, none."""
     monkeypatch.setenv("SLURM_JOB_ID", "4711")

@@ -61,3 +61,18 @@ def test_an_error_while_reading_reaches_the_loop() -> None:
 
     with pytest.raises(OSError, match="disk went away"):
         list(prefetch(broken()))
+
+
+@pytest.mark.parametrize("half", [1, 2])
+def test_a_half_set_alone(particles: Path, data: Particles, half: int) -> None:
+    """Every particle of the half once an epoch, with its own image and pose; nothing of the other half."""
+    alone = Particles(stores.open_store(particles, "particles"), half)
+    where = np.flatnonzero(data.half_set == half)
+    assert np.array_equal(alone.id, data.id[where]) and set(alone.half_set) == {half}
+    seen = []
+    for batch in batches(alone, range(4), 4, 12, 16, seed=0, epoch=0):
+        of_all = where[batch.rows]
+        assert np.array_equal(batch.images.numpy(), data.images[...][of_all])
+        assert np.array_equal(batch.rotation.numpy(), data.rotation[of_all].numpy())
+        seen.append(of_all)
+    assert np.array_equal(np.sort(np.concatenate(seen)), where)

@@ -25,6 +25,7 @@ STORES = ("particles", "consensus", "discovery", "parts", "model", "reconstructi
 AFTER_TRAIN = {"reconstruct", "analyse", "assemble", "evaluate", "report"}
 AFTER_PARTS = {"train"} | AFTER_TRAIN
 AFTER_DISCOVER = {"parts"} | AFTER_PARTS
+HALVES = {"discover_half", "parts_half", "train_half"}
 AFTER_PREPROCESS = {"consensus", "discover"} | AFTER_DISCOVER
 
 CONFIG: dict[str, Any] = {
@@ -146,7 +147,44 @@ def test_forcerun(finished: Path, stage: str) -> None:
 
 
 def test_forcerun_knows_every_stage() -> None:
-    assert set(FOLLOWS) == set(estimate.STAGES)
+    assert set(FOLLOWS) == set(estimate.STAGES) - {"validate"}  # which is there only with ``halves``
+
+
+@pytest.fixture(scope="module")
+def finished_halves(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with trainings on half-sets, and their comparison."""
+    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("halves") / "run"))
+    write_config(folder, {"halves": True})
+    assert planned(folder) == HALVES | {"validate", "report"}
+    for name in ("half1/{}", "half2/{}"):
+        for store in ("discovery", "parts", "model"):
+            file = folder / "results" / name.format(f"{store}.zarr/zarr.json")
+            file.parent.mkdir(parents=True)
+            file.write_text("{}")
+    (folder / "results/validation.json").write_text("{}")
+    code, out = snakemake(folder, "--touch", "--forceall")
+    assert code == 0, out
+    assert planned(folder) == set()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("consensus", AFTER_PREPROCESS | HALVES | {"validate"}),
+        ("train", AFTER_TRAIN | {"train", "validate"}),
+        ("parts_half", {"parts_half", "train_half", "validate", "report"}),
+        ("validate", {"validate", "report"}),
+    ],
+)
+def test_forcerun_with_halves(finished_halves: Path, stage: str, expected: set[str]) -> None:
+    assert planned(finished_halves, "--forcerun", stage) == expected
+
+
+def test_a_parameter_reruns_the_halves_too(finished_halves: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_halves, tmp_path / "run"))
+    write_config(run, {"halves": True, "train": {"epochs": 7}})
+    assert planned(run) == AFTER_PARTS | {"train_half", "validate"}
 
 
 def test_two_workflows_on_one_output_refuse_each_other(run: Path, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def store(name):
     return R / f"{name}.zarr" / "zarr.json"
 
 
+def store_of_half(name):
+    """The same of a half-set."""
+    return R / "{half}" / f"{name}.zarr" / "zarr.json"
+
+
 def depends(*keys):
     """The part of the config that a stage's result depends on; a change here, and nowhere else, reruns the stage."""
     values = CONFIG.model_dump(mode="json", include={*keys, "seed"})
@@ -70,7 +75,12 @@ def source_files(*keys):
 
 def resource(stage, name):
     """One resource of a stage as a function of the attempt: a retry gets more memory and time."""
-    return lambda wildcards, attempt: getattr(estimate.need(CONFIG, stage, DATA, SITE, attempt, THREADS), name)
+
+    def needed(wildcards, attempt):
+        data = estimate.half_of(DATA) if wildcards.get("half") else DATA
+        return getattr(estimate.need(CONFIG, stage, data, SITE, attempt, THREADS), name)
+
+    return needed
 
 
 # Functions of `resources` are left out of what Snakemake compares: neither another name of the config nor another site reruns a stage.
@@ -78,6 +88,11 @@ def resource(stage, name):
 
 def config_file(wildcards, resources):
     return str(CONFIG_FILE)
+
+
+def of_half(wildcards, resources):
+    """Option of a stage that sees one half-set alone."""
+    return f"--half {wildcards.half[-1]}" if wildcards.get("half") else ""
 
 
 def alone(wildcards, resources):
@@ -126,8 +141,8 @@ def mpi(wildcards, threads, resources):
 
 
 if workflow.is_main_process:
-    shown = [s for s in estimate.STAGES if (s != "simulate" or CONFIG.simulate) and (s != "evaluate" or TRUTH)]
-    print(estimate.summary(CONFIG, shown, DATA, SITE, THREADS), file=sys.stderr)
+    without = {name for name, there in (("simulate", CONFIG.simulate), ("evaluate", TRUTH)) if there is None}
+    print(estimate.summary(CONFIG, without, DATA, SITE, THREADS), file=sys.stderr)
 
 
 onstart:

@@ -21,9 +21,10 @@ rule discover:
         settings=depends("discover"),
         config=config_file,
         launch=ddp,
+        half=of_half,
     message:
         "discover: stage 1, which Gaussians move or vanish together"
     shell:
         "({params.launch} cryospire discover --config {params.config} "
-        "--particles $(dirname {input.particles}) --consensus $(dirname {input.consensus}) --output $(dirname {output}) "
+        "--particles $(dirname {input.particles}) --consensus $(dirname {input.consensus}) --output $(dirname {output}) {params.half} "
         "2>&1) | tee -a {log}"

@@ -2,6 +2,7 @@ rule report:
     input:
         [store(name) for name in ("particles", "consensus", "discovery", "parts", "model", "reconstruction", "analysis", "volumes")],
         [R / "evaluation.json"] if TRUTH else [],
+        [R / "validation.json"] if CONFIG.halves else [],
     output:
         R / "report.html",
     log:

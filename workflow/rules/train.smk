@@ -22,10 +22,11 @@ rule train:
         settings=depends("train"),
         config=config_file,
         launch=ddp,
+        half=of_half,
     message:
         "train: stage 2, the part-aware mixture"
     shell:
         "({params.launch} cryospire train --config {params.config} "
         "--particles $(dirname {input.particles}) --discovery $(dirname {input.discovery}) "
-        "--parts $(dirname {input.parts}) --output $(dirname {output}) "
+        "--parts $(dirname {input.parts}) --output $(dirname {output}) {params.half} "
         "2>&1) | tee -a {log}"

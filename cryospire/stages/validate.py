@@ -1,0 +1,206 @@
+"""Two trainings that share no image: how far volumes, what differs between states, parts and their motions agree.
+
+Each half-set has had its own stage 1, parts and stage 2, from its own half-map.  The states are those of the whole run; each half shows
+one at the mean of its own latents of its own particles that lie nearest to it.  What the halves have in common beyond that is in the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
+
+from cryospire import kernels
+from cryospire.config import Config
+from cryospire.conventions import InputError
+from cryospire.io import mrc, stores
+from cryospire.log import Progress, say
+from cryospire.maths import fourier, masks, metrics, recovery
+from cryospire.stages import validate_figure
+from cryospire.stages.detail import frames, part_of_gaussians
+from cryospire.stages.evaluate import fsc_of_differences, render_states, summary
+from cryospire.stages.evaluate_model import LIGHT, assign
+from cryospire.training.model import Mixture, load, load_latents
+
+NEAREST = 100  # particles of a half-set whose mean latent shows a state
+THRESHOLD = 0.143  # FSC of independent halves at the resolution (Rosenthal & Henderson 2003)
+FEW = 4  # Gaussians below which a part is missing from a half
+THERE = 0.5  # occupancy, of the most that a part reaches, above which its motion is compared
+SMOOTH = 5  # pixels; resolution at which the mask is drawn
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The states (S, D) as a mixture knows them, and the part (G,) of each of its Gaussians."""
+
+    mixture: Mixture
+    part: Tensor
+    latent: Tensor
+
+    @staticmethod
+    def load(model: Path, latent: Tensor) -> Seen:
+        return Seen(load(model), part_of_gaussians(model), latent)
+
+    @property
+    def parts(self) -> int:
+        return int(self.part.max()) + 1
+
+    def atoms(self, state: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Centres (A, 3) Å and parts (A,) of the Gaussians that are there."""
+        centre, amplitude, scale = self.mixture.forward_gaussians(self.latent[state][None])
+        mass = amplitude[0].abs() * scale**3
+        here = mass > LIGHT * mass.median()
+        return centre[0][here].numpy(), self.part[here].numpy()
+
+    def parts_by(self, other: Seen) -> Tensor:
+        """Part (G,) of every Gaussian by the other's parts; -1 where none of the other's is near."""
+        found = assign(self.mixture, self.latent, other)
+        return torch.where(found.counts, found.part, -1)
+
+
+def run(config: Config, *, model: Path, analysis: Path, half1: Path, half2: Path, output: Path) -> None:
+    """model.zarr, analysis.zarr and the model.zarr of either half-set -> validation.json, a .png, and a folder of half-maps of states."""
+    found = stores.open_store(analysis, "analysis")
+    stores.check_made_from(found, "model", model, "analyse")
+    states = torch.from_numpy(stores.read(found, "states/latent"))
+    if config.threads:
+        kernels.set_threads(config.threads)
+    whole = Seen.load(model, states)
+    say(f"validate: {len(states)} states in two models, each of one half-set alone")
+    with Progress("validate", 4, "steps", output.parent / "logs" / "validate.metrics.jsonl", every=math.inf) as progress:
+        halves = [Seen.load(path, shown_at(path, model, states, k + 1)) for k, path in enumerate((half1, half2))]
+        volumes = torch.stack([render_states(half.mixture, half.latent) for half in halves])
+        progress.advance(1, "volumes")
+        box, pixel_size = whole.mixture.box, whole.mixture.pixel_size
+        mask = masks.soft_mask(fourier.lowpass(volumes.mean(0).amax(0), pixel_size, SMOOTH * pixel_size), 0.0, 3.0)
+        result: dict[str, Any] = {"states": len(states), "box": box, "pixel_size": pixel_size, "threshold": THRESHOLD}
+        result |= agreement(volumes, mask, pixel_size)
+        progress.advance(1, "FSC")
+        result["parts"] = agreement_of_parts(*halves)
+        progress.advance(1, "parts")
+        result["motion"] = agreement_of_motion(whole, halves)
+        progress.advance(1, "motion")
+        progress.record()
+    for line in sentences(result):
+        say(f"validate: {line}")
+    write_volumes(output.with_suffix(""), volumes, mask, pixel_size)
+    validate_figure.draw(result, output.with_suffix(".png"))
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def shown_at(path: Path, model: Path, states: Tensor, half: int) -> Tensor:
+    """Latents (S, D) at which a half's model shows the states: means over its particles nearest to each in the whole model."""
+    group = stores.open_store(path, "model")
+    if set(np.unique(stores.read(group, "half_set")).tolist()) != {half}:
+        raise InputError(f"{path}: not trained on half-set {half} alone; run its stages with --half {half}")
+    own = torch.from_numpy(stores.read(group, "latents"))
+    there = load_latents(model, stores.read(group, "id"))
+    near = torch.cdist(states, there).topk(min(NEAREST, len(there)), largest=False).indices
+    return own[near].mean(1)
+
+
+def agreement(volumes: Tensor, mask: Tensor, pixel_size: float) -> dict[str, Any]:
+    """FSC between the halves of volumes (2, S, z, y, x), and of what each differs from the mean of its half."""
+    first, second = volumes
+    change1, change2 = first - first.mean(0), second - second.mean(0)
+    curves = {
+        "volumes": torch.stack([metrics.fsc(a, b, mask) for a, b in zip(first, second, strict=True)]),
+        "differences": torch.stack([fsc_of_differences(a, b, mask) for a, b in zip(change1, change2, strict=True)]),
+    }
+    return {
+        name: {
+            "resolution": summary(torch.tensor([metrics.resolution(c, THRESHOLD, pixel_size) for c in curve])),
+            "area": summary(metrics.auc(curve)),
+            "curves": [[round(float(x), 4) for x in c] for c in curve],
+        }
+        for name, curve in curves.items()
+    }
+
+
+def agreement_of_parts(first: Seen, second: Seen) -> dict[str, Any]:
+    """Numbers of parts, and the adjusted Rand index between one half's parts and those of the other's Gaussians in the same places."""
+    index = []
+    for a, b in ((first, second), (second, first)):
+        other = a.parts_by(b)
+        index.append(adjusted_rand_score(a.part[other >= 0].numpy(), other[other >= 0].numpy()))
+    return {"found": [first.parts, second.parts], "adjusted_rand_index": float(np.mean(index))}
+
+
+def agreement_of_motion(whole: Seen, halves: list[Seen]) -> list[dict[str, Any]]:
+    """Of every part of the whole model: occupancy, turn (degrees) and way (Å) in either half, and how far these are apart.
+
+    Motion is from the state where both halves show most of the part, over the states in which both show it present.  ``missing``: the
+    halves of which hardly a Gaussian lies there.
+    """
+    parts = [half.parts_by(whole) for half in halves]
+    result: list[dict[str, Any]] = []
+    for k in range(whole.parts):
+        missing = [h + 1 for h, part in enumerate(parts) if int((part == k).sum()) < FEW]
+        if missing:
+            result.append({"part": k + 1, "missing": missing})
+            continue
+        turned, placed, present = zip(*(motion(half, part == k) for half, part in zip(halves, parts, strict=True)), strict=True)
+        least = torch.minimum(*present)
+        home = int(least.argmax())
+        states = [s for s in torch.nonzero(least > THERE)[:, 0].tolist() if s != home]
+        turns = [[r[s] @ r[home].T for s in states] for r in turned]
+        ways = [[x[s] - x[home] for s in states] for x in placed]
+        result.append(
+            {
+                "part": k + 1, "home": home, "states": states,
+                "occupancy": [o.tolist() for o in present], "occupancy_apart": float((present[0] - present[1]).abs().mean()),
+                "angle": [[recovery.angle_between(torch.eye(3), r) for r in own] for own in turns],
+                "angle_apart": [recovery.angle_between(a, b) for a, b in zip(*turns, strict=True)],
+                "way": [[float(w.norm()) for w in own] for own in ways],
+                "way_apart": [float((a - b).norm()) for a, b in zip(*ways, strict=True)],
+            }
+        )  # fmt: skip
+    return result
+
+
+def motion(half: Seen, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn (S, 3, 3) and place of the centre (S, 3) Å of the Gaussians ``mine`` (G,) in every state; occupancy (S,), of the most."""
+    rotation, translation, present = (x[:, 0] for x in frames(half.mixture, torch.where(mine, 0, -1), half.latent))
+    middle = (half.mixture.centre.T[mine] * half.mixture.pixel_size).mean(0)
+    return rotation, rotation @ middle + translation, present / present.max()
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """What was found, for the terminal and the report."""
+    volumes, differences, parts = result["volumes"], result["differences"], result["parts"]
+    lines = [
+        f"volumes of the two half-sets agree to {volumes['resolution']['mean']:.1f} Å, what differs between states to "
+        f"{differences['resolution']['mean']:.1f} Å (FSC {result['threshold']}; area under it {volumes['area']['mean']:.3f} and "
+        f"{differences['area']['mean']:.3f}, at most 0.5)",
+        f"{parts['found'][0]} and {parts['found'][1]} parts, adjusted Rand index {parts['adjusted_rand_index']:.2f} between the half-sets",
+    ]
+    for m in result["motion"]:
+        if "missing" in m:
+            lines.append(f"part {m['part']} is not found in half-set {' and '.join(map(str, m['missing']))}")
+            continue
+        line = f"part {m['part']}: occupancies {m['occupancy_apart']:.2f} apart on average"
+        if m["states"]:
+            angle, way = ([max(own) for own in m[name]] for name in ("angle", "way"))
+            line += f"; turned by up to {angle[0]:.0f}° and {angle[1]:.0f}°, {np.mean(m['angle_apart']):.0f}° apart on average"
+            line += f"; moved by up to {way[0]:.0f} Å and {way[1]:.0f} Å, {np.mean(m['way_apart']):.1f} Å apart"
+        lines.append(line)
+    return lines
+
+
+def write_volumes(folder: Path, volumes: Tensor, mask: Tensor, pixel_size: float) -> None:
+    """``state_000_half1.mrc``, ``state_000_half2.mrc``, ... and ``mask.mrc``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.mrc"):
+        old.unlink()
+    mrc.write_volume(folder / "mask.mrc", mask.numpy(), pixel_size)
+    for h, of_half in enumerate(volumes):
+        for s, volume in enumerate(of_half):
+            mrc.write_volume(folder / f"state_{s:03d}_half{h + 1}.mrc", volume.numpy(), pixel_size)
