@@ -79,14 +79,15 @@ def discover(
 @app.command()
 def parts(
     config: ConfigPath,
+    particles: Annotated[Path, typer.Option(help="particles.zarr", show_default=False)],
     discovery: Annotated[Path, typer.Option(help="discovery.zarr", show_default=False)],
     output: Output,
     force: Force = False,
 ) -> None:
-    """Cluster Gaussians into parts and anchors, with the evidence for their number."""
+    """Cluster Gaussians into parts and anchors, with the evidence for their number; where parts are, the images tell."""
     from cryospire.stages import parts as stage
 
-    stage.run(configuration.load(config), discovery=discovery, output=output, force=force)
+    stage.run(configuration.load(config), particles=particles, discovery=discovery, output=output, force=force)
 
 
 @app.command()

@@ -68,10 +68,23 @@ def rotvec_to_matrix(v: Tensor) -> Tensor:
 def random_rotations(n: int, generator: torch.Generator | None = None) -> Tensor:
     """Rotations (n, 3, 3), float64, uniform over SO(3): normalised Gaussian quaternions."""
     q = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    w, x, y, z = (q / q.norm(dim=1, keepdim=True)).unbind(1)
+    return _of_quaternions(q / q.norm(dim=1, keepdim=True))
+
+
+def even_rotations(n: int) -> Tensor:
+    """Rotations (n, 3, 3) spread evenly over SO(3): super-Fibonacci spirals (Alexa, CVPR 2022)."""
+    s = torch.arange(n, dtype=torch.float64) + 0.5
+    a, b = 2 * torch.pi * s / 2**0.5, 2 * torch.pi * s / 1.533751168755204288118041
+    inner, outer = (s / n).sqrt(), (1 - s / n).sqrt()
+    return _of_quaternions(torch.stack([inner * a.sin(), inner * a.cos(), outer * b.sin(), outer * b.cos()], 1)).float()
+
+
+def _of_quaternions(q: Tensor) -> Tensor:
+    """Rotations (n, 3, 3) of unit quaternions (n, 4), w first."""
+    w, x, y, z = q.unbind(1)
     rows = (
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     )  # fmt: skip
-    return torch.stack(rows, 1).reshape(n, 3, 3)
+    return torch.stack(rows, 1).reshape(-1, 3, 3)

@@ -20,15 +20,15 @@ SETTINGS: dict[str, Any] = {"dtype": "float16", "shard_mib": 64}
 SPECIMEN = 384.0  # Å, side of the box
 
 
-def simulated(path: Path, count: int, box: int, alike: bool = False) -> Particles:
-    """A complete particles.zarr of ``count`` images of noise in the layout that preprocess writes.
+def simulated(path: Path, count: int, box: int, alike: bool = False, field: float = SPECIMEN) -> Particles:
+    """A complete particles.zarr of ``count`` images of noise, ``field`` (Å) wide, in the layout that preprocess writes.
 
     ``alike``: every shard after the first is a hard link to it, so that a million particles fit on any disk; what is read and
     decoded is the same, but it comes from the page cache.
     """
     rng = np.random.default_rng(0)
-    columns = table(count, box, rng)
-    pixel, shells = SPECIMEN / box, np.ones((1, box // 2 + 1), np.float32)
+    columns = table(count, box, field / box, rng)
+    pixel, shells = field / box, np.ones((1, box // 2 + 1), np.float32)
     group = particles.create(path, columns, box=box, pixel_size=pixel, power=shells, whitening=shells, config=SETTINGS, seed=0, inputs={})
     images = group["images"]
     shard = images.shards[0]
@@ -44,10 +44,10 @@ def simulated(path: Path, count: int, box: int, alike: bool = False) -> Particle
     return Particles(stores.open_store(path, "particles"))
 
 
-def table(count: int, box: int, rng: np.random.Generator) -> ParticleTable:
+def table(count: int, box: int, pixel: float, rng: np.random.Generator) -> ParticleTable:
     """Particles without names: random poses and defoci, one optics group."""
     one = np.ones(1)
-    optics = Optics(["simulated"], 300 * one, 2.7 * one, 0.1 * one, SPECIMEN / box * one, np.full(1, box), 0 * one, 0 * one, [[]], [[]])
+    optics = Optics(["simulated"], 300 * one, 2.7 * one, 0.1 * one, pixel * one, np.full(1, box), 0 * one, 0 * one, [[]], [[]])
     defocus = rng.uniform(1e4, 2.5e4, count)
     zeros = np.zeros(count)
     whole = np.arange(count)

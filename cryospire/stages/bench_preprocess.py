@@ -45,7 +45,7 @@ def once(folder: Path, stack: Path, count: int, box: int, workers: int) -> float
     names = [f"{k % of_stack + 1:06d}@{stacks[k // of_stack].name}" for k in range(count)]
     whole = np.arange(count)
     table = replace(
-        bench_feed.table(count, box, np.random.default_rng(0)), source=star, image_names=names, stacks=stacks,
+        bench_feed.table(count, box, bench_feed.SPECIMEN / box, np.random.default_rng(0)), source=star, image_names=names, stacks=stacks,
         id=np.array([particle_id(name) for name in names], np.int64), stack=(whole // of_stack).astype(np.int32), index=whole % of_stack,
     )  # fmt: skip
     metadata_relion.write_star(star, table)

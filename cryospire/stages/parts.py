@@ -2,11 +2,13 @@
 
 Features give many small fragments, alike inside. Fragments are joined to parts by physics: as long as the whole still is, at every
 shape that the latents know, there as one rigid body or absent (``maths.rigid``). An arm that is drawn by other Gaussians wherever
-it stands is one part then, though no two of them have near features.
+it stands is one part then, though no two of them have near features.  Where parts are at those shapes, the images tell (``docking``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,106 +28,146 @@ from cryospire.io import mrc, stores
 from cryospire.kernels import render_volume
 from cryospire.log import Progress, say
 from cryospire.maths import rigid
+from cryospire.stages import docking
+from cryospire.stages.docking import Pose
+from cryospire.training.data import Particles
+from cryospire.training.loop import start_threads
 from cryospire.training.model import Mixture, load
 
 Array = NDArray[Any]
 
 FRAGMENTS = 12  # into which features are clustered before they are joined
 SHAPES = 16  # of the molecule, at which fragments are compared
-POSES = 64  # and along which parts are followed
+POSES, LEAST = 64, 32  # and along which parts are followed: at most, and particles near each
 # Of all that changes, above which fragments are not joined: simulated sets lost 0.18 or more below the true number, at most 0.12 above it.
 LOSS = 0.15
+FAINT = 0.1  # of the mass, below which a part may be another one that was not recognised somewhere
+ELSEWHERE = 30.0  # degrees from where stage 1 had a part
 NEAR = 0.04  # fraction of the Gaussians over which a feature is averaged
 
 
-def run(config: Config, *, discovery: Path, output: Path, force: bool = False) -> None:
-    """discovery.zarr -> parts.zarr and a soft mask (.mrc) for each part."""
+def run(config: Config, *, particles: Path, discovery: Path, output: Path, force: bool = False) -> None:
+    """particles.zarr, discovery.zarr -> parts.zarr and a soft mask (.mrc) for each part."""
     settings = config.parts
-    values = configuration.section(settings)
-    stores.check_replaceable(output, "parts", config=values, force=force)
-    group = stores.open_store(discovery, "discovery")
-    model = load(discovery)
-    rng = np.random.default_rng((config.seed, 3))
-
-    latents = stores.read(group, "latents")
-    reference = torch.from_numpy(latents[central(latents)])[None]
-    position = model.forward_gaussians(reference)[0][0].numpy()
-    feature = stores.read(group, "gaussians/feature")
-    mass = np.abs(stores.read(group, "gaussians/amplitude")) * stores.read(group, "gaussians/scale") ** 3
+    stores.check_replaceable(output, "parts", config=configuration.section(settings), force=force)
+    data, group = Particles(stores.open_store(particles, "particles")), stores.open_store(discovery, "discovery")
+    stores.check_made_from(group, "particles", particles, "discover")
+    model, latents = load(discovery), stores.read(group, "latents")
+    rows = stores.join(stores.read(group, "id"), data.id, f"{particles} against {discovery}")
     if settings.anchors < max(1, settings.parts):
         raise InputError(f"parts.anchors: {settings.anchors} anchors cannot serve {settings.parts} parts; at least one a part")
-
-    feature = near_mean(feature, position, mass)
-    fragments = min(max(FRAGMENTS, settings.parts), len(feature))
-    steps = fragments - 1 + (settings.parts or settings.max_parts)
-    progress = Progress("parts", steps, "steps", output.parent / "logs" / "parts.metrics.jsonl")
-    with threadpool_limits(1), progress:  # a thousand points: starting threads would take longer than the work
-        fragment = torch.from_numpy(cluster(feature, mass, fragments, int(rng.integers(2**31))))
-        few = shapes(model, latents, SHAPES, int(rng.integers(2**31)))
-        levels, losses = rigid.merge(few, fragment, lambda: progress.advance(1, "fragments joined"))
-        chosen = min(settings.parts or suggest(losses, settings.max_parts), max(levels))
-        progress.total = len(levels) - 1 + chosen
-        labels = rng.integers(chosen, size=len(mass)) if settings.random else levels[chosen].numpy()
-        labels = by_mass(labels, mass)
-        path = shapes(model, latents, POSES, int(rng.integers(2**31)))
-        bodies = []
-        for k in range(chosen):
-            bodies.append(rigid.fit(path, torch.from_numpy(labels == k), thorough=True))
-            progress.advance(1, "motion of a part")
-        # Each part as it is where it is most: the body that its motion then carries.
-        where = np.array([body.reference for body in bodies])
-        centre, amplitude, scale = (t.numpy() for t in model.forward_gaussians(path.latent[where]))
-        rows = np.arange(len(labels))
-        position, amplitude = centre[labels, rows], amplitude[labels, rows]
-        mass = np.abs(amplitude) * scale**3
-        anchor, anchor_of = divide(labels, position, mass, max(settings.anchors, chosen), int(rng.integers(2**31)))
-
+    start_threads(config.threads)
+    rng = np.random.default_rng((config.seed, 3))
+    position = model.forward_gaussians(torch.from_numpy(latents[central(latents)])[None])[0][0].numpy()
+    full_mass = np.abs(stores.read(group, "gaussians/amplitude")) * stores.read(group, "gaussians/scale") ** 3
+    feature = near_mean(stores.read(group, "gaussians/feature"), position, full_mass)
+    fragments, most = min(max(FRAGMENTS, settings.parts), len(feature)), settings.parts or settings.max_parts
+    progress = Progress("parts", fragments - 1 + most * (1 + docking.ROUNDS), "steps", output.parent / "logs" / "parts.metrics.jsonl")
+    with progress:
+        with threadpool_limits(1):  # a thousand points: starting threads would take longer than the work
+            fragment = torch.from_numpy(cluster(feature, full_mass, fragments, int(rng.integers(2**31))))
+            few = shapes(model, latents, SHAPES, int(rng.integers(2**31)))
+            levels, losses = rigid.merge(few, fragment, lambda: progress.advance(1, "fragments joined"))
+            chosen = min(settings.parts or suggest(losses, settings.max_parts), max(levels))
+            progress.total = len(levels) - 1 + chosen * (1 if settings.random else 1 + docking.ROUNDS)
+            path = shapes(model, latents, min(POSES, max(SHAPES, len(latents) // LEAST)), int(rng.integers(2**31)))
+            mean_mass = (path.share @ path.mass).numpy()
+            labels = by_mass(rng.integers(chosen, size=len(feature)) if settings.random else levels[chosen].numpy(), mean_mass)
+            bodies = []
+            for k in range(chosen):
+                bodies.append(rigid.fit(path, torch.from_numpy(labels == k), thorough=True))
+                progress.advance(1, "motion of a part")
+        division = Division.of(model, path, labels, bodies)
+        if not settings.random:
+            views = docking.Views.of(data, rows, torch.from_numpy(latents).float(), path.latent)
+            faint = [not settings.parts and mean_mass[labels == k].sum() < FAINT * mean_mass.sum() for k in range(chosen)]
+            division = division.docked(views, path, faint, lambda: progress.advance(1, "part docked into the images"))
+        with threadpool_limits(1):
+            anchors = max(settings.anchors, len(division.poses))
+            places = divide(division.label, division.position, division.mass, anchors, int(rng.integers(2**31)))
+    inputs = {"particles": particles, "discovery": discovery}
     out = stores.create(
         output,
         "parts",
-        config=values,
+        config=configuration.section(settings),
         seed=config.seed,
-        inputs={"discovery": discovery},
+        inputs=inputs,
         pixel_size=model.pixel_size,
         box=model.box,
         force=force,
     )
-    out.attrs["parts"] = chosen
-    put = stores.put
-    put(out, "part", labels, ("gaussian",), "part of each coarse Gaussian, largest first")
-    put(out, "anchor", anchor_of, ("gaussian",), "anchor of each coarse Gaussian")
-    put(out, "feature", feature, ("gaussian", "feature"), "learned feature, averaged over neighbours in space")
-    put(out, "position", position.astype(np.float32), ("gaussian", "xyz"), "centre at the reference shape of its part", "Å")
-    put(out, "amplitude", amplitude.astype(np.float32), ("gaussian",), "peak density at the reference shape of its part", "image unit / Å")
-    put(out, "motion/latent", path.latent.numpy(), ("shape", "latent"), "latents of shapes along which parts were followed")
-    put(out, "motion/share", path.share.numpy(), ("shape",), "share of the particles")
-    for name, dims, words, unit in (
-        ("rotation", ("part", "shape", "row", "column"), "rotation about the origin from the reference shape of the part", ""),
-        ("translation", ("part", "shape", "xyz"), "translation after it", "Å"),
-        ("present", ("part", "shape"), "whether the part is there", ""),
-    ):
-        of_parts = np.stack([getattr(body, name).numpy() for body in bodies])
-        put(out, f"motion/{name}", of_parts * model.pixel_size if unit else of_parts, dims, words, unit)
-    middle = [torch.from_numpy(np.average(position[labels == k], 0, mass[labels == k])).float() for k in range(chosen)]
-    angle, offset = zip(*(travel(b, m, model.pixel_size) for b, m in zip(bodies, middle, strict=True)), strict=True)
-    put(out, "motion/angle", np.stack(angle), ("part", "shape"), "by how much the part is turned from its reference shape", "degrees")
-    put(out, "motion/offset", np.stack(offset), ("part", "shape"), "how far its centre of mass is from where it is then", "Å")
-    put(out, "anchors/position", position[anchor].astype(np.float32), ("anchor", "xyz"), "position of the anchor", "Å")
-    put(out, "anchors/feature", feature[anchor], ("anchor", "feature"), "feature of the anchor")
-    put(out, "anchors/part", labels[anchor], ("anchor",), "part of the anchor")
+    out.attrs["parts"] = len(division.poses)
+    write(out, division, path, feature, *places)
     counts = np.arange(2, len(losses) + 2)
-    put(out, "evidence/parts", counts, ("division",), "number of parts")
+    stores.put(out, "evidence/parts", counts, ("division",), "number of parts")
     loss = np.array([losses[k] for k in counts.tolist()])
-    put(out, "evidence/loss", loss, ("division",), "what one part fewer would lose, of all that changes")
-    write_masks(output.with_name(f"{output.stem}_masks"), model, labels, position, amplitude)
+    stores.put(out, "evidence/loss", loss, ("division",), "what one part fewer would lose, of all that changes")
+    write_masks(output.with_name(f"{output.stem}_masks"), model, division.label, division.position, division.amplitude)
     stores.finish(out)
-    shares = ", ".join(f"{100 * mass[labels == k].sum() / mass.sum():.0f} %" for k in range(chosen))
-    say(f"parts: {chosen} parts ({shares} of the mass), {len(anchor)} anchors")
-    for k, body in enumerate(bodies):
-        there = body.present.numpy()
-        turn, way, often = angle[k][there].max(), offset[k][there].max(), path.share.numpy()[there].sum()
-        say(f"parts: part {k + 1} turns by up to {turn:.0f}°, its centre moves by up to {way:.0f} Å, there in {often:.0%} of particles")
+    tell(division, path, mean_mass, len(places[0]))
     say("parts: one part fewer would lose, of all that changes, " + _row(losses, chosen, settings.max_parts))
+
+
+@dataclass(frozen=True)
+class Division:
+    """Coarse Gaussians in parts: ``label`` (G,), heaviest first; each drawn as it is at the reference shape of its part, at ``position``
+    (G, 3), Å, with ``amplitude`` (G,) and ``scale`` (G,), Å; and the ``poses`` of the parts at K shapes."""
+
+    label: Array
+    position: Array
+    amplitude: Array
+    scale: Array
+    poses: list[Pose]
+
+    @staticmethod
+    def of(model: Mixture, path: rigid.Shapes, label: Array, bodies: list[rigid.Body]) -> Division:
+        """Each part as it is where it is most: the body that its motion then carries."""
+        where = np.array([body.reference for body in bodies])
+        centre, amplitude, scale = (t.numpy() for t in model.forward_gaussians(path.latent[where]))
+        rows = np.arange(len(label))
+        drawn = Division(label, centre[label, rows], amplitude[label, rows], scale, [])
+        for k, body in enumerate(bodies):
+            centre_of_mass = body.rotation @ drawn.middle(k) + body.translation * model.pixel_size
+            drawn.poses.append(Pose(body.rotation, centre_of_mass, body.present.float()))
+        return drawn
+
+    @property
+    def mass(self) -> Array:
+        return np.abs(self.amplitude) * self.scale**3
+
+    def middle(self, k: int) -> Tensor:
+        """Centre of mass (3,), Å, of a part at its reference shape."""
+        mine = self.label == k
+        return torch.from_numpy(np.average(self.position[mine], 0, self.mass[mine])).float()
+
+    def translation(self, k: int) -> Tensor:
+        """Translations (K, 3), Å, of a part after its rotation about the origin."""
+        return self.poses[k].centre - self.poses[k].rotation @ self.middle(k)
+
+    def travel(self, k: int) -> tuple[Tensor, Tensor]:
+        """Angles (K,), degrees, by which a part is turned from its reference shape, and ways (K,), Å, that its centre has gone."""
+        return angle(self.poses[k].rotation), (self.poses[k].centre - self.middle(k)).norm(dim=1)
+
+    def docked(self, views: docking.Views, path: rigid.Shapes, faint: list[bool], done: Callable[[], None]) -> Division:
+        """With every part where the images say that it is; what is ``faint`` and is not found in them goes to its neighbours."""
+        position, amplitude, scale = (torch.from_numpy(a).float() for a in (self.position, self.amplitude, self.scale))
+        own = [self.label == k for k in range(len(self.poses))]
+        parts = [docking.Part.of(views, position[m] - self.middle(k), amplitude[m], scale[m]) for k, m in enumerate(own)]
+        poses, real = docking.dock(views, parts, self.poses, faint, path.near, done)
+        for k, (old, new) in enumerate(zip(self.poses, poses, strict=True)):
+            if real[k]:
+                there, way = old.there & new.there, (old.centre - new.centre).norm(dim=1)
+                turned = float((path.share * there * (angle(old.rotation.mT @ new.rotation) > ELSEWHERE)).sum())
+                moved = float(way[there].median()) if there.any() else 0.0
+                say(f"parts: by the images part {k + 1} is turned otherwise in {turned:.0%} of particles, and moved by {moved:.0f} Å")
+            else:
+                say(f"parts: part {k + 1} is not in the images where it was drawn, other parts are; it is none")
+        kept = np.array(real)[self.label]
+        nearest = cKDTree(self.position[kept]).query(self.position)[1]
+        label = (np.cumsum(real) - 1).astype(np.int32)[self.label[kept][nearest]]
+        return replace(
+            self, label=label, amplitude=np.where(kept, self.amplitude, 0), poses=[p for p, r in zip(poses, real, strict=True) if r]
+        )
 
 
 def central(latents: Array) -> int:
@@ -160,11 +202,51 @@ def shapes(model: Mixture, latents: Array, count: int, seed: int) -> rigid.Shape
     return rigid.Shapes.of(centre / model.pixel_size, amplitude.abs() * (scale / model.pixel_size) ** 3, share, z)
 
 
-def travel(body: rigid.Body, middle: Tensor, pixel_size: float) -> tuple[Array, Array]:
-    """Angles (K,) degrees by which a body is turned, and ways (K,) Å that its centre ``middle`` (3,) Å goes, from its reference shape."""
-    cosine = (body.rotation.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
-    angle = torch.rad2deg(cosine.clamp(-1, 1).arccos())
-    return angle.numpy(), (body.rotation @ middle + body.translation * pixel_size - middle).norm(dim=1).numpy()
+def angle(rotation: Tensor) -> Tensor:
+    """Angles (...), degrees, of rotations (..., 3, 3)."""
+    return torch.rad2deg(((rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).arccos())
+
+
+def write(out: Any, division: Division, path: rigid.Shapes, feature: Array, anchor: Array, anchor_of: Array) -> None:
+    """Parts, their motion and their anchors."""
+    put, parts = stores.put, range(len(division.poses))
+    put(out, "part", division.label, ("gaussian",), "part of each coarse Gaussian, heaviest first")
+    put(out, "anchor", anchor_of, ("gaussian",), "anchor of each coarse Gaussian")
+    put(out, "feature", feature, ("gaussian", "feature"), "learned feature, averaged over neighbours in space")
+    words = "at the reference shape of its part"
+    put(out, "position", division.position.astype(np.float32), ("gaussian", "xyz"), f"centre {words}", "Å")
+    put(out, "amplitude", division.amplitude.astype(np.float32), ("gaussian",), f"peak density {words}", "image unit / Å")
+    put(out, "motion/latent", path.latent.numpy(), ("shape", "latent"), "latents of shapes along which parts were followed")
+    put(out, "motion/share", path.share.numpy(), ("shape",), "share of the particles")
+    travel = [division.travel(k) for k in parts]
+    for name, values, dims, words, unit in (
+        (
+            "rotation",
+            [p.rotation for p in division.poses],
+            ("row", "column"),
+            "rotation about the origin from the part's reference shape",
+            "",
+        ),
+        ("translation", [division.translation(k) for k in parts], ("xyz",), "translation after it", "Å"),
+        ("strength", [p.strength for p in division.poses], (), "strength of the part in the images, of its own", ""),
+        ("present", [p.there for p in division.poses], (), "whether the part is there", ""),
+        ("angle", [angle for angle, _ in travel], (), "by how much the part is turned from its reference shape", "degrees"),
+        ("offset", [way for _, way in travel], (), "how far its centre of mass is from where it is then", "Å"),
+    ):
+        put(out, f"motion/{name}", torch.stack(values).numpy(), ("part", "shape", *dims), words, unit)
+    put(out, "anchors/position", division.position[anchor].astype(np.float32), ("anchor", "xyz"), "position of the anchor", "Å")
+    put(out, "anchors/feature", feature[anchor], ("anchor", "feature"), "feature of the anchor")
+    put(out, "anchors/part", division.label[anchor], ("anchor",), "part of the anchor")
+
+
+def tell(division: Division, path: rigid.Shapes, mass: Array, anchors: int) -> None:
+    """What was found, in words; ``mass`` (G,) as it is on average."""
+    shares = ", ".join(f"{100 * mass[division.label == k].sum() / mass.sum():.0f} %" for k in range(len(division.poses)))
+    say(f"parts: {len(division.poses)} parts ({shares} of the mass), {anchors} anchors")
+    for k, pose in enumerate(division.poses):
+        turn, way = (float((v * pose.there).max()) for v in division.travel(k))
+        often = float(path.share[pose.there].sum())
+        say(f"parts: part {k + 1} turns by up to {turn:.0f}°, its centre moves by up to {way:.0f} Å, there in {often:.0%} of particles")
 
 
 def suggest(losses: dict[int, float], most: int) -> int:
@@ -173,7 +255,7 @@ def suggest(losses: dict[int, float], most: int) -> int:
 
 
 def by_mass(labels: Array, mass: Array) -> Array:
-    """Relabel so that part 0 holds the most mass (RELION multi-body asks for larger bodies first)."""
+    """Relabel so that part 0 holds the most of ``mass`` (G,) (RELION multi-body asks for larger bodies first)."""
     order = np.argsort([-mass[labels == k].sum() for k in range(labels.max() + 1)])
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)

@@ -20,7 +20,8 @@ from cryospire.training.distributed import seed_everything, team
 from cryospire.training.loop import fit, start_threads
 from cryospire.training.model import Mixture, load
 
-WARM_STEPS = 600  # of fitting anchors to the motion of parts, without images
+WARM_STEPS, WARM_LR = 2000, 5e-3  # of fitting anchors to the motion of parts, without images
+WARM_SAMPLE = 512  # Gaussians whose occupancy is fitted in a step: all of a part are alike
 PRESENT = 0.95  # occupancy of what is there
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 
@@ -106,7 +107,7 @@ def warm_start(model: Mixture, division: Any, parent: Tensor, z: Tensor) -> None
     part = torch.from_numpy(stores.read(division, "part")).long()[parent]
     moving = "flex" if model.anchor_motion is None else "anchor_motion"
     heads = [p for name, p in model.named_parameters() if name.split(".")[0] in (moving, "occupancy")]
-    adam = torch.optim.Adam(heads, lr=2e-3)
+    adam = torch.optim.Adam(heads, lr=WARM_LR)
     generator = torch.Generator().manual_seed(6)
     home = model.centre.detach()
     for step in range(WARM_STEPS):
@@ -119,8 +120,9 @@ def warm_start(model: Mixture, division: Any, parent: Tensor, z: Tensor) -> None
         present = known["present"][:, at].T[:, part].float() * (2 * PRESENT - 1) + (1 - PRESENT)
         centre = model.rigid(zb) if model.anchor_motion is not None else model.gaussians(zb)[0]
         error = ((centre - target).square().sum(1) * present).mean()
-        loss = error + 10 * (model.occupancies(zb, model.features) - present).square().mean()
-        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / WARM_STEPS)
+        few = torch.randint(len(part), (WARM_SAMPLE,), generator=generator)
+        loss = error + 10 * (model.occupancies(zb, model.features[few]) - present[:, few]).square().mean()
+        adam.param_groups[0]["lr"] = WARM_LR * (1 - step / WARM_STEPS)
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-from cryospire.maths.poses import euler_to_matrix, exp_so3, frames, matrix_to_euler, random_rotations, rotvec_to_matrix
+from cryospire.maths.poses import euler_to_matrix, even_rotations, exp_so3, frames, matrix_to_euler, random_rotations, rotvec_to_matrix
 
 
 def angles(n: int) -> torch.Tensor:
@@ -62,3 +62,18 @@ def test_frames_are_rotations_reach_every_one_and_start_at_the_identity():
     columns = wanted[:, :, :2].transpose(1, 2).flatten(1) - torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=wanted.dtype)
     assert torch.allclose(frames(columns), wanted, atol=1e-9)
     assert torch.autograd.gradcheck(frames, v[:3].requires_grad_())
+
+
+def test_even_rotations_leave_no_gap_and_no_crowd() -> None:
+    """Of 576, one is near any rotation, and none is closer to another than a third of the mean distance of neighbours."""
+    grid = even_rotations(576).double()
+    asked = random_rotations(2000, torch.Generator().manual_seed(0))
+
+    def angle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.rad2deg(((torch.einsum("aij,bij->ab", a, b) - 1) / 2).clamp(-1, 1).arccos())
+
+    assert float(angle(asked, grid).min(1).values.max()) < 32
+    between = angle(grid, grid).fill_diagonal_(180).min(1).values
+    assert float(between.min()) > float(between.mean()) / 3
+    assert float(grid.mean(0).abs().max()) < 0.01
+    torch.testing.assert_close(grid @ grid.mT, torch.eye(3, dtype=torch.float64).expand(576, 3, 3), atol=1e-5, rtol=0)

@@ -1,9 +1,11 @@
 """Parts from planted features, seeds from a known density, and a fine mixture that keeps what the coarse one holds."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import seen
 import torch
 from sklearn.metrics import adjusted_rand_score
 
@@ -16,7 +18,7 @@ from cryospire.maths.poses import exp_so3
 from cryospire.stages import discover, parts, train
 from cryospire.training import model as mixtures
 
-BOX, PIXEL, G = 32, 4.0, 240
+BOX, PIXEL, G, IMAGES = 32, 4.0, 240, 800
 
 
 HOME = torch.tensor([[-22.0, 0, 0], [20, 14, 0], [16, -20, 8]])
@@ -38,7 +40,7 @@ def planted(seed: int = 0) -> tuple[mixtures.Mixture, np.ndarray]:
     truth = np.repeat([0, 1, 2], [120, 80, 40])
     model = mixtures.Mixture(Discover(gaussians=G, latent=2, features=6), 2, 6, G, BOX, PIXEL)
     centre = HOME[truth] + torch.from_numpy(rng.normal(0, 5, (G, 3))).float()
-    model.place(centre, torch.full((G,), 6.0), torch.full((G,), 0.3))
+    model.place(centre, torch.full((G,), 6.0), torch.full((G,), 0.03))
     with torch.no_grad():
         model.feature.copy_(torch.from_numpy(np.eye(6)[truth] + rng.normal(0, 0.2, (G, 6))))
     model.feature.requires_grad_(False)
@@ -58,21 +60,42 @@ def planted(seed: int = 0) -> tuple[mixtures.Mixture, np.ndarray]:
 def discovery(tmp_path_factory):  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp("parts") / "discovery.zarr"
     model, truth = planted()
-    group = stores.create(path, "discovery", config=model.config.model_dump(mode="json"), seed=0, inputs={}, pixel_size=PIXEL, box=BOX)
+    z = np.random.default_rng(0).normal(size=(IMAGES, 2)).astype(np.float32)
+    write_images(path.with_name("particles.zarr"), model, torch.from_numpy(truth), torch.from_numpy(z))
+    inputs = {"particles": path.with_name("particles.zarr")}
+    config = model.config.model_dump(mode="json")
+    group = stores.create(path, "discovery", config=config, seed=0, inputs=inputs, pixel_size=PIXEL, box=BOX)
     mixtures.save(group, model)
-    stores.put(group, "latents", np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32), ("particle", "latent"), "latent")
+    stores.put(group, "latents", z, ("particle", "latent"), "latent")
+    stores.put(group, "id", np.arange(IMAGES), ("particle",), "permanent particle id")
     stores.finish(group)
     return path, truth
 
 
+def write_images(path: Path, model: mixtures.Mixture, truth: torch.Tensor, z: torch.Tensor) -> None:
+    """What the planted molecule shows at the latents z (N, 2), of its own motion, not of what the heads learned of it."""
+    data = seen.empty(path, len(z), BOX, PIXEL)
+    with torch.no_grad():
+        moved, present = true_shape(model.centre.T * PIXEL, truth, z)
+        seen.fill(path, data, seen.images(data, moved, present * model.relative_amplitude * model.amplitude_unit, model.scale))
+
+
 def division(discovery, tmp_path, **changes):  # type: ignore[no-untyped-def]
-    config = Config(parts=Parts(**changes))
-    parts.run(config, discovery=discovery[0], output=tmp_path / "parts.zarr", force=True)
+    config = Config(parts=Parts(**changes), threads=1)
+    given = {"particles": discovery[0].with_name("particles.zarr"), "discovery": discovery[0]}
+    parts.run(config, **given, output=tmp_path / "parts.zarr", force=True)
     return stores.open_store(tmp_path / "parts.zarr", "parts")
 
 
-def test_planted_parts_and_their_number_are_found(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    found = division(discovery, tmp_path, max_parts=6)
+@pytest.fixture(scope="module")
+def divided(discovery, tmp_path_factory):  # type: ignore[no-untyped-def]
+    """The division into parts, their number not given, and the folder it is in."""
+    folder = tmp_path_factory.mktemp("divided")
+    return division(discovery, folder, max_parts=6), folder
+
+
+def test_planted_parts_and_their_number_are_found(discovery, divided) -> None:  # type: ignore[no-untyped-def]
+    found, _ = divided
     assert found.attrs["parts"] == 3
     labels, anchor = stores.read(found, "part"), stores.read(found, "anchor")
     assert adjusted_rand_score(discovery[1], labels) > 0.95
@@ -81,12 +104,12 @@ def test_planted_parts_and_their_number_are_found(discovery, tmp_path) -> None: 
     assert len(np.unique(anchor)) == 5
 
 
-def test_masks_cover_their_parts_and_lie_between_zero_and_one(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    found = division(discovery, tmp_path, parts=3)
+def test_masks_cover_their_parts_and_lie_between_zero_and_one(divided) -> None:  # type: ignore[no-untyped-def]
+    found, folder = divided
     labels, position = stores.read(found, "part"), stores.read(found, "position")
     voxel = np.round(position / PIXEL).astype(int) + BOX // 2
     for k in range(3):
-        mask, pixel = mrc.read_volume(tmp_path / "parts_masks" / f"part_{k + 1}.mrc")
+        mask, pixel = mrc.read_volume(folder / "parts_masks" / f"part_{k + 1}.mrc")
         x, y, z = voxel[labels == k].T
         assert pixel == PIXEL and mask.min() >= 0 and mask.max() <= 1
         assert np.mean(mask[z, y, x] > 0.99) > 0.95
@@ -121,8 +144,8 @@ def test_seeds_follow_the_density_and_hold_its_mass() -> None:
     assert bool((fsc(seeded, truth)[:5] > 0.97).all())
 
 
-def test_children_keep_the_density_of_their_parents(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    found = division(discovery, tmp_path, parts=3)
+def test_children_keep_the_density_of_their_parents(discovery, divided) -> None:  # type: ignore[no-untyped-def]
+    found, _ = divided
     coarse = mixtures.load(discovery[0])
     config = Config(train=Train(gaussians=4 * G, hidden=16, layers=1, rank=4))
     fine, parent = train.inherit(config, coarse, found, BOX, PIXEL)
@@ -138,9 +161,9 @@ def test_children_keep_the_density_of_their_parents(discovery, tmp_path) -> None
     assert bool((fsc(volumes[1], volumes[0])[:7] > 0.95).all())
 
 
-def test_anchors_start_from_the_motion_of_their_part(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_anchors_start_from_the_motion_of_their_part(discovery, divided) -> None:  # type: ignore[no-untyped-def]
     """Planted: part 1 swings by 35 degrees a unit of the first latent; its anchors do so before any image is read, the others rest."""
-    found = division(discovery, tmp_path, parts=3)
+    found, _ = divided
     z = torch.from_numpy(stores.read(stores.open_store(discovery[0], "discovery"), "latents"))
     coarse = mixtures.load(discovery[0])
     fine, parent = train.inherit(Config(train=Train(gaussians=2 * G, hidden=32)), coarse, found, BOX, PIXEL)
@@ -157,9 +180,9 @@ def test_anchors_start_from_the_motion_of_their_part(discovery, tmp_path) -> Non
     assert stores.read(found, "motion/offset").max() > 15
 
 
-def test_anchors_move_rigidly(discovery, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_anchors_move_rigidly(discovery, divided) -> None:  # type: ignore[no-untyped-def]
     """Without flex, distances inside an anchor's Gaussians do not depend on the latent."""
-    found = division(discovery, tmp_path, parts=3)
+    found, _ = divided
     config = Config(train=Train(gaussians=G, hidden=16, layers=1))
     fine, _ = train.inherit(config, mixtures.load(discovery[0]), found, BOX, PIXEL)
     with torch.no_grad():

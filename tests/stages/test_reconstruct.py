@@ -38,9 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, synthetic: SimpleNamespace)
     """model.zarr of two moving parts, a particles.zarr of noise, and a config.yaml."""
     out = tmp_path_factory.mktemp("reconstruct")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_feed, "SPECIMEN", synthetic.box * synthetic.pixel)
         patch.setattr(particles, "CHUNK", 64 * synthetic.box**2)
-        bench_feed.simulated(out / "particles.zarr", COUNT, synthetic.box)
+        bench_feed.simulated(out / "particles.zarr", COUNT, synthetic.box, field=synthetic.box * synthetic.pixel)
     synthetic.write_model(out / "model.zarr", np.random.default_rng(1).normal(size=(COUNT, 2)))
     stores.writable(out / "model.zarr")["id"][:] = np.arange(COUNT)
     halves = stores.writable(out / "particles.zarr")["half_set"]

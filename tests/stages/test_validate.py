@@ -144,7 +144,7 @@ def half_trained(folder: Path, images: torch.Tensor, half_maps: np.ndarray, rota
     )  # fmt: skip
     found, division = folder / "half1/discovery.zarr", folder / "half1/parts.zarr"
     discover.run(config, particles=folder / "particles.zarr", consensus=folder / "consensus.zarr", output=found, half=1)
-    parts.run(config, discovery=found, output=division)
+    parts.run(config, particles=folder / "particles.zarr", discovery=found, output=division)
     train.run(config, particles=folder / "particles.zarr", discovery=found, parts=division, output=folder / "half1/model.zarr", half=1)
     return folder
 

@@ -1,5 +1,6 @@
 rule parts:
     input:
+        particles=store("particles"),
         discovery=store("discovery"),
     output:
         store("parts"),
@@ -24,5 +25,5 @@ rule parts:
         "parts: clusters of features, anchors, masks, evidence"
     shell:
         "({params.launch} cryospire parts --config {params.config} "
-        "--discovery $(dirname {input.discovery}) --output $(dirname {output}) "
+        "--particles $(dirname {input.particles}) --discovery $(dirname {input.discovery}) --output $(dirname {output}) "
         "2>&1) | tee -a {log}"

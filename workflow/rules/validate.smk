@@ -16,6 +16,7 @@ use rule discover as discover_half with:
 
 use rule parts as parts_half with:
     input:
+        particles=store("particles"),
         discovery=store_of_half("discovery"),
     output:
         store_of_half("parts"),

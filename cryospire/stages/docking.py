@@ -1,0 +1,272 @@
+"""Docking: where the images themselves say that each part is, at every shape along which part clustering has followed it.
+
+Stage 1 draws a far turn by Gaussians that fade here and come there, and its blurred shapes tell a part hardly from the part turned
+half round.  Images near a shape do.  Less what the other parts show of them, they are added up as Fourier slices about the part's
+centre; their log-likelihood of the part, drawn as it is at its reference shape, is then a sum over one lattice for any pose of it:
+``2 Re <N, F> - <W, |F|^2>``, N the slices times their CTFs, W the CTFs squared, and ``<N, F>^2 / <W, |F|^2>`` at the best strength.
+It is searched over all turns and ways, and climbed from the best of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryospire.kernels import insertion as kernel
+from cryospire.maths import fourier, insertion
+from cryospire.maths.poses import even_rotations, exp_so3
+from cryospire.training.data import Particles, Rows
+
+BOX = 48  # pixels to which images are cropped
+IMAGES = 512  # near each shape
+BATCH = 256  # images at once
+FINER = 2  # lattice of a part's transform
+ROUNDS = 2  # over which parts learn from each other
+TURNS = 576  # from which a pose is searched
+COARSE, MIDDLE = 8, 12  # shells of the search, and of the first climb
+TAKEN = 3  # poses of the search that are climbed
+STEPS, RATE = 20, 0.5  # of a climb; pixels of the box
+REACH = 6  # of them by which a turn of one radian moves a part
+GAIN = 10.0  # in log-likelihood, for which a part is moved elsewhere
+THERE = 0.4  # of the strength that a part has where it is strong
+SHOWN = 0.5  # of what a part is said to be, without which it is none
+
+
+@dataclass(frozen=True)
+class Views:
+    """n images near K shapes as Fourier slices at ``points`` (m, 2), kx and ky: ``slices`` (n, m), transforms about the particle's origin
+    times ``transfer`` (n, m), with noise of variance 1 before that; ``rotation`` (n, 3, 3); ``shape`` (n,)."""
+
+    slices: Tensor
+    transfer: Tensor
+    rotation: Tensor
+    shape: Tensor
+    points: Tensor
+    box: int
+    field: float  # side of the images, Å
+    unit: float  # density integrated (image unit Å²) that is a coefficient of 1
+
+    @staticmethod
+    def of(data: Particles, rows: Rows, latents: Tensor, shapes: Tensor) -> Views:
+        """Of at most ``IMAGES`` particles that are nearest to each shape (K, D); ``latents`` (N, D) are those of ``rows`` (N,)."""
+        box = min(BOX, data.box)
+        distance, shape = torch.cdist(latents, shapes).min(1)
+        members = [torch.nonzero(shape == s)[:, 0] for s in range(len(shapes))]
+        nearest = torch.cat([k[distance[k].argsort()[:IMAGES]] for k in members]).sort().values
+        chosen = rows[nearest.numpy()]
+        points = _slice(box)
+        ky, kx = points[:, 1], points[:, 0]
+        slices, transfers = [], []
+        for few in np.split(chosen, range(BATCH, len(chosen), BATCH)):
+            transfer = data.transfer(few)
+            phase = fourier.shift_phase(data.box, -data.shift[few] / data.pixel_size)
+            transform = fourier.rfft(torch.from_numpy(data.read(few)).float()) * phase / data.box
+            transfers.append(transfer[:, ky, kx])
+            slices.append(transform[:, ky, kx] * transfers[-1])
+        at = data.rotation[chosen], shape[nearest]
+        field, unit = data.box * data.pixel_size, data.box * data.pixel_size**2
+        return Views(torch.cat(slices), torch.cat(transfers), *at, points, box, field, unit)
+
+    def places(self, rows: slice) -> Tensor:
+        """Frequencies (b, m, 3) of the slices in the frame of the particle: ``R^T (kx, ky, 0)``."""
+        return self.points.float() @ self.rotation[rows, :2]
+
+
+def _slice(box: int) -> Tensor:
+    """Points (m, 2), kx and ky, of a slice inside the last shell of the box; of each pair k, -k one."""
+    y, x = torch.nonzero(insertion.slice_points(box) & (fourier.shells(box) < box // 2), as_tuple=True)
+    return torch.stack([x, torch.where(y < box // 2, y, y - box)], 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part at its reference shape about its centre of mass: its transform (2, n, n, n), real and imaginary, as [kz, ky, kx]."""
+
+    transform: Tensor
+    box: int
+
+    @staticmethod
+    def of(views: Views, offset: Tensor, amplitude: Tensor, scale: Tensor) -> Part:
+        """Of Gaussians ``offset`` (G, 3), Å, from the centre, with ``amplitude`` (G,) and ``scale`` (G,), Å: the projection of each is a
+        Gaussian in Fourier space, written down as it is, less what reading between the lattice's points takes from it."""
+        x, s = offset.double() / views.field, scale.double() / views.field
+        k = torch.arange(-FINER * (views.box // 2), FINER * (views.box // 2) + 1) / FINER
+        axes = torch.exp(-2 * (math.pi * s[:, None, None] * k) ** 2 - 2j * math.pi * x[:, :, None] * k)
+        axes = (axes / torch.sinc(x / FINER)[:, :, None] ** 2).to(torch.complex64)
+        weight = amplitude.double() * (math.sqrt(2 * math.pi) * scale.double()) ** 3 / views.unit
+        planes = axes[:, 1, :, None] * axes[:, 0, None, :] * weight[:, None, None]
+        transform = torch.einsum("gz,gyx->zyx", axes[:, 2], planes.to(torch.complex64))
+        return Part(torch.stack([transform.real, transform.imag]), views.box)
+
+    def at(self, k: Tensor) -> Tensor:
+        """Its transform (...) at frequencies k (..., 3)."""
+        grid = (k * (2 / self.box)).reshape(1, 1, 1, -1, 3)
+        values = torch.nn.functional.grid_sample(self.transform[None], grid, align_corners=True)
+        return torch.complex(*values.view(2, *k.shape[:-1]))
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Of a part at K shapes: ``rotation`` (K, 3, 3) from its reference shape, ``centre`` (K, 3) of mass, Å, and ``strength`` (K,)."""
+
+    rotation: Tensor
+    centre: Tensor
+    strength: Tensor
+
+    @property
+    def there(self) -> Tensor:
+        """At which shapes (K,; boolean) the part is there."""
+        return self.strength > THERE * self.strength.quantile(0.9)
+
+
+def predicted(views: Views, rows: slice, part: Part, pose: Pose) -> Tensor:
+    """What the slices (b, m) show of a part, before the CTF."""
+    k, shape = views.places(rows), views.shape[rows]
+    phase = (k @ pose.centre[shape, :, None])[..., 0] * (-2 * math.pi / views.field)
+    return part.at(k @ pose.rotation[shape]) * torch.polar(pose.strength[shape, None].expand_as(phase).contiguous(), phase)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What images near K shapes say of one part about an ``origin`` (K, 3), Å: ``numerator`` (K, L), ``weight`` (K, L) at
+    frequencies ``k`` (L, 3) of a half space."""
+
+    numerator: Tensor
+    weight: Tensor
+    k: Tensor
+    origin: Tensor
+    field: float  # Å
+
+    @staticmethod
+    def of(views: Views, shapes: int, origin: Tensor, others: list[tuple[Part, Pose]]) -> Sums:
+        box = views.box
+        numerator, weight = insertion.accumulators(shapes, box, 1)
+        x, y = views.points.T
+        for start in range(0, len(views.shape), BATCH):
+            rows = slice(start, start + BATCH)
+            shape, transfer = views.shape[rows], views.transfer[rows]
+            left = views.slices[rows]
+            for part, pose in others:
+                left = left - transfer**2 * predicted(views, rows, part, pose)
+            phase = (views.places(rows) @ origin[shape, :, None])[..., 0] * (2 * math.pi / views.field)
+            grid = torch.zeros(2, len(shape), box, box // 2 + 1, dtype=torch.complex64)
+            grid[0, :, y, x], grid[1, :, y, x] = left * torch.polar(torch.ones_like(phase), phase), (transfer**2).to(torch.complex64)
+            kernel.insert(numerator, weight, grid[0], grid[1].real, views.rotation[rows], shape)
+        numerator, weight = insertion.complete(numerator, weight)
+        # Spreading over the lattice has faded the density away from the origin.
+        numerator = fourier.rfft(fourier.irfft(numerator, 3) / insertion.gridding(box, box, torch.float32), 3)
+        inside = fourier.shells(box, 3) < box // 2
+        z, y, x = torch.nonzero(inside, as_tuple=True)
+        k = torch.stack([x, torch.where(y < box // 2, y, y - box), torch.where(z < box // 2, z, z - box)], 1).float()
+        once = torch.where(x > 0, 1.0, 0.5)  # of the plane kx = 0 both k and -k are here
+        return Sums(numerator[:, inside] * once, weight[:, inside] * once, k, origin, views.field)
+
+    def within(self, shell: int) -> Sums:
+        """The same up to a shell."""
+        kept = self.k.square().sum(1) < (shell + 0.5) ** 2
+        return replace(self, numerator=self.numerator[:, kept], weight=self.weight[:, kept], k=self.k[kept])
+
+    def compare(self, part: Part, rotation: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """``<N, F>`` and ``<W, |F|^2>`` (..., K) of a part turned by ``rotation`` (..., K, 3, 3), ``offset`` (..., K, 3) off the origin."""
+        value = part.at(self.k @ rotation)
+        phase = (self.k @ offset[..., None])[..., 0] * (2 * math.pi / self.field)
+        turned = self.numerator * torch.polar(torch.ones_like(phase), phase)
+        cross = (turned.real * value.real + turned.imag * value.imag).sum(-1)
+        return cross, (self.weight * (value.real**2 + value.imag**2)).sum(-1)
+
+
+def gain(cross: Tensor, norm: Tensor) -> Tensor:
+    """Log-likelihood that the part adds at its best strength."""
+    return cross.clamp(min=0) ** 2 / norm.clamp(min=1e-12)
+
+
+def search(sums: Sums, part: Part, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``TAKEN`` best of ``turns`` (T, 3, 3), each at the offset that suits it best, for each shape: (TAKEN, K, 3, 3), (TAKEN, K, 3)."""
+    low = sums.within(COARSE)
+    side = 3 * COARSE  # points of the search along an axis
+    value = part.at(low.k @ turns)  # (T, L)
+    norm = low.weight @ (value.real**2 + value.imag**2).T  # (K, T)
+    x, y, z = low.k.long().T
+    both = torch.where(x > 0, 1.0, 2.0)
+    rotations, offsets = [], []
+    for n, w in zip(low.numerator, norm, strict=True):
+        spectrum = torch.zeros(len(turns), side, side, side // 2 + 1, dtype=torch.complex64)
+        spectrum[:, z, y, x] = n * both * value.conj()
+        cross, at = (torch.fft.irfftn(spectrum, (side,) * 3, norm="forward") / 2).flatten(1).max(1)
+        best = gain(cross, w).topk(min(TAKEN, len(turns))).indices
+        place = torch.stack(torch.unravel_index(at[best], (side,) * 3)[::-1], 1)
+        rotations.append(turns[best])
+        offsets.append(((place + side // 2) % side - side // 2) * (sums.field / side))
+    return torch.stack(rotations, 1), torch.stack(offsets, 1)
+
+
+def climb(sums: Sums, part: Part, rotation: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Poses (C, K, 3, 3), (C, K, 3) after steps that raise their log-likelihood (Adam)."""
+    move = torch.zeros(*offset.shape[:-1], 6, requires_grad=True)
+    adam = torch.optim.Adam([move], RATE, (0.8, 0.9))  # few steps: a short memory
+
+    def pose() -> tuple[Tensor, Tensor]:
+        return exp_so3(move[..., :3] / REACH) @ rotation, offset + move[..., 3:] * (sums.field / part.box)
+
+    for step in range(STEPS):
+        adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        adam.zero_grad()
+        (-gain(*sums.compare(part, *pose())).sum()).backward()
+        adam.step()
+    with torch.no_grad():
+        return pose()
+
+
+def look(sums: Sums, part: Part, pose: Pose, near: Tensor, turns: Tensor | None) -> Pose:
+    """The pose of a part at every shape that images prefer: its own, unless another explains them better by more than ``GAIN``.
+
+    ``near`` (K, 2): for each shape two whose poses are tried as well, and those of a search over ``turns`` (T, 3, 3).
+    """
+    rotation = torch.cat([pose.rotation[None], pose.rotation[near].transpose(0, 1)])
+    offset = torch.cat([pose.centre[None], pose.centre[near].transpose(0, 1)]) - sums.origin
+    if turns is not None:
+        found, way = search(sums, part, turns)
+        rotation, offset = torch.cat([rotation, found]), torch.cat([offset, way])
+    rotation, offset = climb(sums.within(MIDDLE), part, rotation, offset)
+    with torch.no_grad():
+        worth = torch.stack([gain(*sums.compare(part, r, o)) for r, o in zip(rotation, offset, strict=True)])
+    worth[0] += GAIN
+    best, shapes = worth.argmax(0), torch.arange(len(near))
+    (rotation,), (offset,) = climb(sums, part, rotation[None, best, shapes], offset[None, best, shapes])
+    with torch.no_grad():
+        cross, norm = sums.compare(part, rotation, offset)
+    return Pose(rotation, offset + sums.origin, (cross / norm.clamp(min=1e-12)).clamp(min=0))
+
+
+def dock(
+    views: Views, parts: list[Part], poses: list[Pose], faint: list[bool], near: Tensor, done: Callable[[], None] = lambda: None
+) -> tuple[list[Pose], list[bool]]:
+    """Poses of parts, each judged without what the others show of the images, in the order given, ``ROUNDS`` times; and which parts are
+    one.  The first, the heaviest, is near where it was found: it is what the particles were aligned by; the others are searched everywhere.
+
+    What is ``faint`` may be another part that was not recognised where it stands: it is left out until all others have been docked, and
+    is no part if the images then do not show it where it was.  ``near`` (K, K): the shapes in the order of their distance from each.
+    ``done`` is called after each part, for progress.
+    """
+    poses, turns, real = list(poses), even_rotations(TURNS), [not f for f in faint]
+    for _ in range(ROUNDS):
+        for p in sorted(range(len(parts)), key=lambda p: faint[p]):
+            others = [(parts[q], poses[q]) for q in range(len(parts)) if q != p and real[q]]
+            sums = Sums.of(views, len(near), poses[p].centre, others)
+            if faint[p] and not real[p]:
+                real[p] = shown(sums, parts[p], poses[p])
+            if real[p]:
+                poses[p] = look(sums, parts[p], poses[p], near[:, 1:3], turns if p else None)
+            done()
+    return poses, real
+
+
+def shown(sums: Sums, part: Part, pose: Pose) -> bool:
+    """Whether the images show a part at its poses, with the strength that is expected of it."""
+    cross, norm = sums.compare(part, pose.rotation, pose.centre - sums.origin)
+    return float((pose.strength * cross).sum()) > SHOWN * float((pose.strength**2 * norm).sum())

@@ -1,0 +1,143 @@
+"""Docking: what it compares is the log-likelihood of images, and planted parts are found where they are, however wrong the start."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import seen
+import torch
+
+from cryospire.maths import fourier, projection
+from cryospire.maths.poses import even_rotations, exp_so3, random_rotations
+from cryospire.stages import docking, parts
+from cryospire.training.data import Particles
+
+BOX, PIXEL, SHAPES, EACH = 32, 6.0, 6, 100
+PEAK = 0.03  # density of a Gaussian: an image has some 20 units of the noise's log-likelihood
+POINTS = {"rest": 40, "arm": 24}
+
+
+def cloud(n: int, spread: tuple[float, float, float], seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=g) * torch.tensor(spread)
+    x[: n // 4] += torch.tensor([0.0, 18, 10])  # a nose, so that no half turn is a symmetry
+    return x - x.mean(0)
+
+
+@dataclass
+class World:
+    views: docking.Views
+    data: Particles
+    shape: torch.Tensor  # (N,), of every image
+    bodies: list[torch.Tensor]  # about their centres, Å
+    parts: list[docking.Part]
+    truth: list[docking.Pose]
+
+    def direct(self, part: int, rotation: torch.Tensor, centre: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Log-likelihood (K,) that a part adds at given poses, image by image, beside all else that is there."""
+        here = [(b @ pose.rotation[self.shape].mT) + pose.centre[self.shape, None] for b, pose in zip(self.bodies, self.truth, strict=True)]
+        amplitude = [pose.strength[self.shape, None].mul(PEAK).expand(-1, len(b)) for b, pose in zip(self.bodies, self.truth, strict=True)]
+        other = 1 - part
+        rest = seen.images(self.data, here[other], amplitude[other], scale[: here[other].shape[1]])
+        moved = (self.bodies[part] @ rotation[self.shape].mT) + centre[self.shape, None]
+        drawn = seen.images(self.data, moved, torch.full(moved.shape[:2], PEAK), scale[: moved.shape[1]])
+        left = torch.from_numpy(np.array(self.data.images[:])).float() - rest
+        energy = (left.square() - (left - drawn).square()).sum((1, 2)) / 2
+        return torch.zeros(SHAPES).index_add_(0, self.shape, energy)
+
+
+SCALE = torch.full((64,), 7.0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A body that rests and an arm that turns far and is away at the last shape; the images tell, a shape's latent is its number."""
+    path = tmp_path_factory.mktemp("docking") / "particles.zarr"
+    data = seen.empty(path, SHAPES * EACH, BOX, PIXEL)
+    bodies = [cloud(POINTS["rest"], (16, 10, 10), 1), cloud(POINTS["arm"], (14, 7, 5), 2)]
+    turn = exp_so3(torch.tensor([[0.0, 0, 0], [0, 0, 0.6], [0, 0, 1.8], [0, 1.5, 1.5], [0, 0, 2.4], [0, 0, 0]]))
+    centre = turn @ torch.tensor([30.0, 10, 0]) + torch.tensor([12.0, 0, 0])
+    still = docking.Pose(torch.eye(3).repeat(SHAPES, 1, 1), torch.tensor([-40.0, 0, 0]).repeat(SHAPES, 1), torch.ones(SHAPES))
+    truth = [still, docking.Pose(turn, centre, torch.tensor([1.0, 1, 1, 1, 1, 0]))]
+    shape = torch.arange(len(data)) % SHAPES
+    here = torch.cat([(b @ p.rotation[shape].mT) + p.centre[shape, None] for b, p in zip(bodies, truth, strict=True)], 1)
+    amplitude = torch.cat([p.strength[shape, None].mul(PEAK).expand(-1, len(b)) for b, p in zip(bodies, truth, strict=True)], 1)
+    seen.fill(path, data, seen.images(data, here, amplitude, SCALE))
+    latent = torch.arange(SHAPES).float()[:, None]
+    views = docking.Views.of(data, np.arange(len(data)), latent[shape], latent)
+    drawn = [docking.Part.of(views, b, torch.full((len(b),), PEAK), SCALE[: len(b)]) for b in bodies]
+    return World(views, data, shape, bodies, drawn, truth)
+
+
+def test_a_part_is_the_transform_of_its_projection(world: World) -> None:
+    rotation = random_rotations(5, torch.Generator().manual_seed(0)).float()
+    for body, part in zip(world.bodies, world.parts, strict=True):
+        scale = SCALE[: len(body)]
+        plain = projection.splat(
+            (rotation[:, :2] @ body.T) / PIXEL,
+            projection.peak_weight(torch.full((5, len(body)), PEAK), scale),
+            scale / PIXEL,
+            BOX,
+            float("inf"),
+        )
+        kx, ky = world.views.points.T
+        expected = fourier.rfft(plain)[:, ky, kx] / BOX
+        found = part.at(world.views.points.float() @ rotation[:, :2])
+        assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+def test_sums_hold_the_log_likelihood_of_the_images(world: World) -> None:
+    """At the truth and off it, of images without the other part: 2 <N, F> - <W, |F|^2> against image by image."""
+    true = world.truth[1]
+    sums = docking.Sums.of(world.views, SHAPES, true.centre, [(world.parts[0], world.truth[0])])
+    for turned, moved in ((0.0, 0.0), (0.3, 5.0), (1.5, 12.0)):
+        rotation = exp_so3(torch.tensor([0.0, turned, 0])) @ true.rotation
+        offset = torch.tensor([moved, 0, 0]).repeat(SHAPES, 1)
+        cross, norm = sums.compare(world.parts[1], rotation, offset)
+        expected = world.direct(1, rotation, true.centre + offset, SCALE)
+        torch.testing.assert_close(2 * cross - norm, expected, rtol=0.03, atol=0.03 * float(norm.mean()))
+
+
+def test_parts_are_found_from_a_wrong_start(world: World) -> None:
+    """The arm starts at rest everywhere, or turned half round where it is; it is found, and found to be away."""
+    near = torch.cdist(*[torch.arange(SHAPES).float()[:, None]] * 2).argsort(1)
+    still, true = world.truth
+    flipped = torch.diag(torch.tensor([-1.0, -1, 1]))
+    for start in (
+        docking.Pose(true.rotation[:1].repeat(SHAPES, 1, 1), true.centre[:1].repeat(SHAPES, 1), torch.ones(SHAPES)),
+        docking.Pose(true.rotation @ flipped, true.centre, torch.ones(SHAPES)),
+    ):
+        poses, real = docking.dock(world.views, world.parts, [still, start], [False, False], near)
+        assert real == [True, True]
+        arm = poses[1]
+        assert arm.there.tolist() == [True] * 5 + [False] and bool(poses[0].there.all())
+        assert float(parts.angle(arm.rotation.mT @ true.rotation)[:5].max()) < 8, "degrees"
+        assert float((arm.centre - true.centre)[:5].norm(dim=1).max()) < PIXEL / 2
+        assert float(parts.angle(poses[0].rotation).max()) < 8
+        torch.testing.assert_close(arm.strength[:5], torch.ones(5), rtol=0, atol=0.1)
+
+
+def test_what_another_part_explains_is_none(world: World) -> None:
+    """A third part is a copy of the arm where the arm ends up; the arm's motion was followed only to the shape before."""
+    near = torch.cdist(*[torch.arange(SHAPES).float()[:, None]] * 2).argsort(1)
+    still, true = world.truth
+    short = torch.tensor([1.0, 1, 1, 1, 0, 0])
+    arm = docking.Pose(true.rotation, torch.where(short[:, None] > 0, true.centre, true.centre[:1]), short)
+    copy = docking.Pose(true.rotation, true.centre, true.strength - short)
+    three = [*world.parts, world.parts[1]]
+    poses, real = docking.dock(world.views, three, [still, arm, copy], [False, False, True], near)
+    assert real == [True, True, False]
+    assert float((poses[1].centre - true.centre)[:5].norm(dim=1).max()) < PIXEL / 2
+    # And a faint part that is one stays: the arm itself.
+    _, real = docking.dock(world.views, world.parts, [still, true], [False, True], near)
+    assert real == [True, True]
+
+
+def test_noise_moves_nothing_far(world: World) -> None:
+    """Where a part rests, its own pose is kept: no other is taken for what noise alone would give."""
+    still = world.truth[0]
+    sums = docking.Sums.of(world.views, SHAPES, still.centre, [(world.parts[1], world.truth[1])])
+    near = torch.cdist(*[torch.arange(SHAPES).float()[:, None]] * 2).argsort(1)
+    pose = docking.look(sums, world.parts[0], still, near[:, 1:3], even_rotations(docking.TURNS))
+    assert float(parts.angle(pose.rotation).max()) < 8
+    assert float((pose.centre - still.centre).norm(dim=1).max()) < PIXEL / 2
