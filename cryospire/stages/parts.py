@@ -43,6 +43,7 @@ POSES, LEAST = 64, 32  # and along which parts are followed: at most, and partic
 # above it, but for a part that was not recognised somewhere (0.62), which the images tell.
 LOSS = 0.1
 FAINT = 0.1  # of the mass, below which a part may be another one that was not recognised somewhere
+FEW = 0.02  # of the particles, whose motion is not told
 ELSEWHERE = 30.0  # degrees from where stage 1 had a part
 NEAR = 0.04  # fraction of the Gaussians over which a feature is averaged
 
@@ -208,6 +209,11 @@ def angle(rotation: Tensor) -> Tensor:
     return torch.rad2deg(((rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).arccos())
 
 
+def reach(values: Array, share: Array) -> float:
+    """What ``values`` (K,) come to in all but ``FEW`` of the particles whose ``share`` (K,) counts: a lone shape may be docked wrongly."""
+    return float(np.quantile(values, 1 - FEW, weights=share, method="inverted_cdf")) if share.any() else 0.0
+
+
 def write(out: Any, division: Division, path: rigid.Shapes, feature: Array, anchor: Array, anchor_of: Array) -> None:
     """Parts, their motion and their anchors."""
     put, parts = stores.put, range(len(division.poses))
@@ -245,8 +251,9 @@ def tell(division: Division, path: rigid.Shapes, mass: Array, anchors: int) -> N
     shares = ", ".join(f"{100 * mass[division.label == k].sum() / mass.sum():.0f} %" for k in range(len(division.poses)))
     say(f"parts: {len(division.poses)} parts ({shares} of the mass), {anchors} anchors")
     for k, pose in enumerate(division.poses):
-        turn, way = (float((v * pose.there).max()) for v in division.travel(k))
-        often = float(path.share[pose.there].sum())
+        share = (path.share * pose.there).numpy()
+        turn, way = (reach(v.numpy(), share) for v in division.travel(k))
+        often = float(share.sum())
         say(f"parts: part {k + 1} turns by up to {turn:.0f}°, its centre moves by up to {way:.0f} Å, there in {often:.0%} of particles")
 
 

@@ -13,6 +13,7 @@ from cryospire.io import stores
 from cryospire.stages import evaluate_model, validate
 from cryospire.stages import report_figures as figures
 from cryospire.stages import report_page as page
+from cryospire.stages.parts import reach
 from cryospire.stages.report_results import Missing, Results, array
 from cryospire.training.model import load
 
@@ -41,16 +42,16 @@ def parts(results: Results) -> str:
         "when a part is there as one rigid body or is absent.",
     )
     anchors = np.bincount(array(group, "anchors/part"), minlength=count)
-    angle, offset, share = (array(group, f"motion/{name}") for name in ("angle", "offset", "share"))
-    there = array(group, "motion/present").astype(bool)
+    angle, offset = array(group, "motion/angle"), array(group, "motion/offset")
+    share = array(group, "motion/share") * array(group, "motion/present")  # of the particles, where the part is there
     rows = [
         (
             f"part {k + 1}",
             int((part == k).sum()),
             int(anchors[k]),
-            f"{angle[k, there[k]].max():.0f}°",
-            f"{offset[k, there[k]].max():.0f} Å",
-            f"{share[there[k]].sum():.0%}",
+            f"{reach(angle[k], share[k]):.0f}°",
+            f"{reach(offset[k], share[k]):.0f} Å",
+            f"{share[k].sum():.0%}",
         )
         for k in range(count)
     ]

@@ -196,3 +196,10 @@ def test_anchors_move_rigidly(discovery, divided) -> None:  # type: ignore[no-un
     assert float((moved[0] - fine.centre.detach()).abs().max()) > 1
     for d in distances[:2]:
         torch.testing.assert_close(d, distances[2], rtol=1e-4, atol=2e-3)
+
+
+def test_a_lone_shape_does_not_tell_how_far_a_part_moves() -> None:
+    values, share = np.array([3.0, 40.0, 170.0, 90.0]), np.array([0.5, 0.49, 0.01, 0.0])
+    assert parts.reach(values, share) == 40.0
+    assert parts.reach(values, share[[2, 1, 0, 3]]) == 170.0
+    assert parts.reach(values, 0 * share) == 0.0
