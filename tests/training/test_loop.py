@@ -70,8 +70,15 @@ def test_the_loss_falls_below_a_still_mixture(particles: Path, tmp_path: Path) -
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: Path) -> None:
     z, model, history = train(particles, tmp_path / "whole")
-    timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+
+    def signal_in_first_epoch() -> None:
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    sender = threading.Thread(target=signal_in_first_epoch)
+    sender.start()
     interruptions = 0
     while True:
         try:
@@ -80,8 +87,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: P
         except Interrupted as stop:
             assert stop.code == 75
             interruptions += 1
-    timer.join()
-    assert interruptions == 1, "the signal must fall inside the run"
+    sender.join()
+    assert interruptions == 1
     assert z is not None and again is not None and torch.equal(z, again)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model_again.state_dict().values(), strict=True))
     assert history["loss"] == pytest.approx(history_again["loss"], rel=1e-12)
