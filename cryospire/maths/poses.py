@@ -35,6 +35,11 @@ def matrix_to_euler(rotation: Tensor) -> Tensor:
     return torch.rad2deg(torch.stack([rot, tilt, psi], -1))
 
 
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """Angles (...), degrees, of the rotations from a (..., 3, 3) to b (..., 3, 3)."""
+    return torch.rad2deg((((a * b).sum((-2, -1)) - 1) / 2).clamp(-1, 1).acos())
+
+
 def exp_so3(v: Tensor) -> Tensor:
     """Rotations (..., 3, 3) by angle |v| (radians) about axis v (..., 3); Rodrigues' formula, differentiable at 0 as well."""
     angle2 = (v * v).sum(-1)[..., None, None]

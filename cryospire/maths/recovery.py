@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -69,12 +68,6 @@ def _lumps_along(t: Tensor, share: float) -> Lumps:
     if float(ratio[at]) > DEEP:
         return Lumps(float(ratio[at]), 1.0)
     return Lumps(float(ratio[at]), float(torch.maximum(below[at], 1 - below[at])))
-
-
-def angle_between(a: Tensor, b: Tensor) -> float:
-    """Angle (degrees) of the rotation from a (3, 3) to b (3, 3)."""
-    cosine = ((a * b).sum() - 1) / 2
-    return math.degrees(math.acos(min(1.0, max(-1.0, float(cosine)))))
 
 
 def explained(latents: Tensor, label: Tensor, cause: Tensor) -> float:

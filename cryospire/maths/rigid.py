@@ -21,6 +21,7 @@ HEAVIEST = 64  # Gaussians of a set whose motion is searched
 STILL = 0.03  # misfit, of the set's own energy, below which no motion is searched
 RESTS = 0.002  # misfit, of all there is to explain, below which a set rests
 WORTH = 0.02  # and by which a motion must lower it
+FEW = 0.02  # of the particles, whose motion is not told
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,18 @@ def fit(shapes: Shapes, members: Tensor, thorough: bool = False) -> Body:
             better = new < misfit[k] - worth * energy[reference]
             at = k[better]
             rotation[at], translation[at], misfit[at] = r[better], t[better], new[better]
-        starts = [(rotation[shapes.near[:, j]], translation[shapes.near[:, j]]) for j in (1, 2)]
+        starts = [(rotation[near], translation[near]) for near in shapes.near[:, 1:3].T]
     misfit = misfit.clamp(min=0)
     return Body(reference, rotation, translation, misfit < energy, torch.minimum(misfit, energy))
+
+
+def reach(values: Tensor, share: Tensor) -> float:
+    """What ``values`` (K,) come to in all but ``FEW`` of the particles whose ``share`` (K,) counts: a lone shape may be docked wrongly."""
+    if not share.any():
+        return 0.0
+    order = values.argsort()
+    counted = share[order].double().cumsum(0)
+    return float(values[order][int((counted < (1 - FEW) * counted[-1]).sum())])
 
 
 def cost(shapes: Shapes, body: Body) -> float:

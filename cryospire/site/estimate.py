@@ -172,7 +172,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         seconds = settings.epochs * n * flop_of_image(settings, b) / (rate * 1e9 * tasks)
         disk = 3 * n * 1e-4 + settings.gaussians * 2e-3
     elif stage == "parts":
-        memory, seconds = 1400 + 1300 * image_mb, 60 + 60 * most_parts(config)
+        memory, seconds = 1400 + 1300 * image_mb + n * 3e-4, 60 + 60 * most_parts(config) + n * 1e-5
     elif stage == "analyse":
         memory, seconds, disk = 1000 + n * 4e-3, 120 + n * 3e-3, n * 1e-4
     elif stage == "reconstruct":
@@ -188,7 +188,8 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         maps = 12 + 2 * most_parts(config)  # detail and mask of every part stay in memory
         memory, seconds, disk = maps * side**3 * 4 / 1e6, 3 * volumes * (side / 64) ** 3, 2 * volumes * side**3 * 4 / 1e6
     elif stage in ("evaluate", "validate"):
-        memory, seconds = 1000 + 60 * b**3 * 4 / 1e6, 300 * (b / 64) ** 3
+        maps = 60 if stage == "evaluate" else 20 + 4 * config.analyse.states
+        memory, seconds = 1000 + maps * b**3 * 4 / 1e6, 300 * (b / 64) ** 3
     on_node = -(-tasks // nodes)
     bound = site.max_mem_mb if site and site.max_mem_mb else 1 << 40
     longest = site.max_runtime if site else 1 << 20

@@ -32,8 +32,10 @@ COARSE, MIDDLE = 8, 12  # shells of the search, and of the first climb
 TAKEN = 3  # poses of the search that are climbed
 STEPS, RATE = 20, 0.5  # of a climb; pixels of the box
 REACH = 6  # of them by which a turn of one radian moves a part
-GAIN = 10.0  # in log-likelihood, for which a part is moved elsewhere
-THERE = 0.4  # of the strength that a part has where it is strong
+FAR = 1 / 3  # of the box, beyond which a part is not searched: noise is stronger where spreading over the lattice has faded the density
+GAIN = 15.0  # in log-likelihood, for which a part is moved: the search finds 6 to 13 in noise alone
+THERE = 0.4  # of the strength that a part has at its best, but at most of what it is drawn with
+NEIGHBOURS = 2**16  # latents at once that are compared with the shapes
 SHOWN = 0.5  # of what a part is said to be, without which it is none
 
 
@@ -55,10 +57,11 @@ class Views:
     def of(data: Particles, rows: Rows, latents: Tensor, shapes: Tensor) -> Views:
         """Of at most ``IMAGES`` particles that are nearest to each shape (K, D); ``latents`` (N, D) are those of ``rows`` (N,)."""
         box = min(BOX, data.box)
-        distance, shape = torch.cdist(latents, shapes).min(1)
+        nearest = [torch.cdist(some, shapes).min(1) for some in latents.split(NEIGHBOURS)]
+        distance, shape = (torch.cat(few) for few in zip(*nearest, strict=True))
         members = [torch.nonzero(shape == s)[:, 0] for s in range(len(shapes))]
-        nearest = torch.cat([k[distance[k].argsort()[:IMAGES]] for k in members]).sort().values
-        chosen = rows[nearest.numpy()]
+        taken = torch.cat([k[distance[k].argsort()[:IMAGES]] for k in members]).sort().values
+        chosen = rows[taken.numpy()]
         points = _slice(box)
         ky, kx = points[:, 1], points[:, 0]
         slices, transfers = [], []
@@ -68,7 +71,7 @@ class Views:
             transform = fourier.rfft(torch.from_numpy(data.read(few)).float()) * phase / data.box
             transfers.append(transfer[:, ky, kx])
             slices.append(transform[:, ky, kx] * transfers[-1])
-        at = data.rotation[chosen], shape[nearest]
+        at = data.rotation[chosen], shape[taken]
         field, unit = data.box * data.pixel_size, data.box * data.pixel_size**2
         return Views(torch.cat(slices), torch.cat(transfers), *at, points, box, field, unit)
 
@@ -121,7 +124,7 @@ class Pose:
     @property
     def there(self) -> Tensor:
         """At which shapes (K,; boolean) the part is there."""
-        return self.strength > THERE * self.strength.quantile(0.9)
+        return self.strength > THERE * self.strength.clamp(max=1).max()
 
 
 def predicted(views: Views, rows: slice, part: Part, pose: Pose) -> Tensor:
@@ -194,10 +197,12 @@ def search(sums: Sums, part: Part, turns: Tensor) -> tuple[Tensor, Tensor]:
     x, y, z = low.k.long().T
     both = torch.where(x > 0, 1.0, 2.0)
     rotations, offsets = [], []
+    far = torch.fft.ifftshift(fourier.radius(side, 3)) > FAR * side
     for n, w in zip(low.numerator, norm, strict=True):
         spectrum = torch.zeros(len(turns), side, side, side // 2 + 1, dtype=torch.complex64)
         spectrum[:, z, y, x] = n * both * value.conj()
-        cross, at = (torch.fft.irfftn(spectrum, (side,) * 3, norm="forward") / 2).flatten(1).max(1)
+        found = torch.fft.irfftn(spectrum, (side,) * 3, norm="forward") / 2
+        cross, at = found.masked_fill(far, -torch.inf).flatten(1).max(1)
         best = gain(cross, w).topk(min(TAKEN, len(turns))).indices
         place = torch.stack(torch.unravel_index(at[best], (side,) * 3)[::-1], 1)
         rotations.append(turns[best])
@@ -227,6 +232,7 @@ def look(sums: Sums, part: Part, pose: Pose, near: Tensor, turns: Tensor | None)
 
     ``near`` (K, 2): for each shape two whose poses are tried as well, and those of a search over ``turns`` (T, 3, 3).
     """
+    own = pose.rotation, pose.centre - sums.origin
     rotation = torch.cat([pose.rotation[None], pose.rotation[near].transpose(0, 1)])
     offset = torch.cat([pose.centre[None], pose.centre[near].transpose(0, 1)]) - sums.origin
     if turns is not None:
@@ -239,6 +245,8 @@ def look(sums: Sums, part: Part, pose: Pose, near: Tensor, turns: Tensor | None)
     best, shapes = worth.argmax(0), torch.arange(len(near))
     (rotation,), (offset,) = climb(sums, part, rotation[None, best, shapes], offset[None, best, shapes])
     with torch.no_grad():
+        better = gain(*sums.compare(part, rotation, offset)) > gain(*sums.compare(part, *own)) + GAIN
+        rotation, offset = torch.where(better[:, None, None], rotation, own[0]), torch.where(better[:, None], offset, own[1])
         cross, norm = sums.compare(part, rotation, offset)
     return Pose(rotation, offset + sums.origin, (cross / norm.clamp(min=1e-12)).clamp(min=0))
 

@@ -14,6 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from cryospire.maths import neighbours, recovery, rigid
+from cryospire.maths.poses import angle_between
 from cryospire.training.data import Particles
 from cryospire.training.model import Mixture
 
@@ -170,8 +171,8 @@ def judge_motion(assigned: Assignment, truth: Segmentation) -> list[dict[str, An
         true = [rotation[s] @ rotation[0].T for s in states]
         centre, mass = assigned.centre[:, chosen].double(), assigned.mass[chosen].double()
         fitted = [rigid.motion(centre[0], centre[s], mass)[0] for s in states]
-        error = [recovery.angle_between(a, b) for a, b in zip(fitted, true, strict=True)]
-        still = [recovery.angle_between(torch.eye(3, dtype=torch.float64), r) for r in true]
+        error = [float(angle_between(a, b)) for a, b in zip(fitted, true, strict=True)]
+        still = [float(angle_between(torch.eye(3), r)) for r in true]
         middle = torch.from_numpy(truth.position[truth.part == part].mean(0))
         path = rotation @ middle + torch.from_numpy(truth.translation[:, part])
         way = (centre * mass[:, None]).sum(1) / mass.sum()

@@ -28,6 +28,7 @@ from cryospire.io import mrc, stores
 from cryospire.kernels import render_volume
 from cryospire.log import Progress, say
 from cryospire.maths import rigid
+from cryospire.maths.poses import angle_between
 from cryospire.stages import docking
 from cryospire.stages.docking import Pose
 from cryospire.training.data import Particles
@@ -38,12 +39,12 @@ Array = NDArray[Any]
 
 FRAGMENTS = 12  # into which features are clustered before they are joined
 SHAPES = 16  # of the molecule, at which fragments are compared
+SAMPLE = 100_000  # latents of which shapes are clustered
 POSES, LEAST = 64, 32  # and along which parts are followed: at most, and particles near each
 # Of all that changes, above which fragments are not joined: eight simulated sets lost 0.13 or more below the true number, at most 0.09
 # above it, but for a part that was not recognised somewhere (0.62), which the images tell.
 LOSS = 0.1
 FAINT = 0.1  # of the mass, below which a part may be another one that was not recognised somewhere
-FEW = 0.02  # of the particles, whose motion is not told
 ELSEWHERE = 30.0  # degrees from where stage 1 had a part
 NEAR = 0.04  # fraction of the Gaussians over which a feature is averaged
 
@@ -59,6 +60,7 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
     if settings.anchors < max(1, settings.parts):
         raise InputError(f"parts.anchors: {settings.anchors} anchors cannot serve {settings.parts} parts; at least one a part")
     start_threads(config.threads)
+    torch.set_num_threads(1)  # sums in one order, whatever the threads
     rng = np.random.default_rng((config.seed, 3))
     position = model.forward_gaussians(torch.from_numpy(latents[central(latents)])[None])[0][0].numpy()
     full_mass = np.abs(stores.read(group, "gaussians/amplitude")) * stores.read(group, "gaussians/scale") ** 3
@@ -82,7 +84,7 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
         division = Division.of(model, path, labels, bodies)
         if not settings.random:
             views = docking.Views.of(data, rows, torch.from_numpy(latents).float(), path.latent)
-            faint = [not settings.parts and mean_mass[labels == k].sum() < FAINT * mean_mass.sum() for k in range(chosen)]
+            faint = [k > 0 and not settings.parts and mean_mass[labels == k].sum() < FAINT * mean_mass.sum() for k in range(chosen)]
             division = division.docked(views, path, faint, lambda: progress.advance(1, "part docked into the images"))
         with threadpool_limits(1):
             anchors = max(settings.anchors, len(division.poses))
@@ -148,7 +150,7 @@ class Division:
 
     def travel(self, k: int) -> tuple[Tensor, Tensor]:
         """Angles (K,), degrees, by which a part is turned from its reference shape, and ways (K,), Å, that its centre has gone."""
-        return angle(self.poses[k].rotation), (self.poses[k].centre - self.middle(k)).norm(dim=1)
+        return angle_between(torch.eye(3), self.poses[k].rotation), (self.poses[k].centre - self.middle(k)).norm(dim=1)
 
     def docked(self, views: docking.Views, path: rigid.Shapes, faint: list[bool], done: Callable[[], None]) -> Division:
         """With every part where the images say that it is; what is ``faint`` and is not found in them goes to its neighbours."""
@@ -159,7 +161,7 @@ class Division:
         for k, (old, new) in enumerate(zip(self.poses, poses, strict=True)):
             if real[k]:
                 there, way = old.there & new.there, (old.centre - new.centre).norm(dim=1)
-                turned = float((path.share * there * (angle(old.rotation.mT @ new.rotation) > ELSEWHERE)).sum())
+                turned = float((path.share * there * (angle_between(old.rotation, new.rotation) > ELSEWHERE)).sum())
                 moved = float(way[there].median()) if there.any() else 0.0
                 say(f"parts: by the images part {k + 1} is turned otherwise in {turned:.0%} of particles, and moved by {moved:.0f} Å")
             else:
@@ -197,21 +199,12 @@ def cluster(points: Array, weight: Array, count: int, seed: int) -> Array:
 
 def shapes(model: Mixture, latents: Array, count: int, seed: int) -> rigid.Shapes:
     """The molecule at the centres of k-means of the latents."""
-    found = KMeans(min(count, len(latents)), n_init=2, random_state=seed).fit(latents)
+    some = latents[np.random.default_rng(seed).permutation(len(latents))[:SAMPLE]] if len(latents) > SAMPLE else latents
+    found = KMeans(min(count, len(some)), n_init=2, random_state=seed).fit(some)
     z = torch.from_numpy(found.cluster_centers_).float()
     centre, amplitude, scale = model.forward_gaussians(z)
-    share = torch.from_numpy(np.bincount(found.labels_)).float()
+    share = torch.from_numpy(np.bincount(found.predict(latents), minlength=len(z))).float()
     return rigid.Shapes.of(centre / model.pixel_size, amplitude.abs() * (scale / model.pixel_size) ** 3, share, z)
-
-
-def angle(rotation: Tensor) -> Tensor:
-    """Angles (...), degrees, of rotations (..., 3, 3)."""
-    return torch.rad2deg(((rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).arccos())
-
-
-def reach(values: Array, share: Array) -> float:
-    """What ``values`` (K,) come to in all but ``FEW`` of the particles whose ``share`` (K,) counts: a lone shape may be docked wrongly."""
-    return float(np.quantile(values, 1 - FEW, weights=share, method="inverted_cdf")) if share.any() else 0.0
 
 
 def write(out: Any, division: Division, path: rigid.Shapes, feature: Array, anchor: Array, anchor_of: Array) -> None:
@@ -251,8 +244,8 @@ def tell(division: Division, path: rigid.Shapes, mass: Array, anchors: int) -> N
     shares = ", ".join(f"{100 * mass[division.label == k].sum() / mass.sum():.0f} %" for k in range(len(division.poses)))
     say(f"parts: {len(division.poses)} parts ({shares} of the mass), {anchors} anchors")
     for k, pose in enumerate(division.poses):
-        share = (path.share * pose.there).numpy()
-        turn, way = (reach(v.numpy(), share) for v in division.travel(k))
+        share = path.share * pose.there
+        turn, way = (rigid.reach(v, share) for v in division.travel(k))
         often = float(share.sum())
         say(f"parts: part {k + 1} turns by up to {turn:.0f}°, its centre moves by up to {way:.0f} Å, there in {often:.0%} of particles")
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cryospire.io import stores
+from cryospire.maths import rigid
 from cryospire.stages import evaluate_model, validate
 from cryospire.stages import report_figures as figures
 from cryospire.stages import report_page as page
-from cryospire.stages.parts import reach
 from cryospire.stages.report_results import Missing, Results, array
 from cryospire.training.model import load
 
@@ -42,15 +42,15 @@ def parts(results: Results) -> str:
         "when a part is there as one rigid body or is absent.",
     )
     anchors = np.bincount(array(group, "anchors/part"), minlength=count)
-    angle, offset = array(group, "motion/angle"), array(group, "motion/offset")
-    share = array(group, "motion/share") * array(group, "motion/present")  # of the particles, where the part is there
+    angle, offset = (torch.from_numpy(array(group, f"motion/{name}")) for name in ("angle", "offset"))
+    share = torch.from_numpy(array(group, "motion/share") * array(group, "motion/present"))  # of the particles, where the part is there
     rows = [
         (
             f"part {k + 1}",
             int((part == k).sum()),
             int(anchors[k]),
-            f"{reach(angle[k], share[k]):.0f}°",
-            f"{reach(offset[k], share[k]):.0f} Å",
+            f"{rigid.reach(angle[k], share[k]):.0f}°",
+            f"{rigid.reach(offset[k], share[k]):.0f} Å",
             f"{share[k].sum():.0%}",
         )
         for k in range(count)
@@ -240,8 +240,8 @@ def validation(results: Results) -> str:
     rows = []
     for name, m in (("volumes", found["volumes"]), ("differences from the mean volume", found["differences"])):
         resolution = m["resolution"]
-        rows.append((name, f"{resolution['mean']:.1f} ({resolution['sd']:.1f})", f"{m['area']['mean']:.3f}"))
-    head = (f"of {found['states']} states", f"resolution at {found['threshold']}, Å (sd over states)", "area under FSC, at most 0.5")
+        rows.append((name, f"{resolution['median']:.1f} ({max(resolution['states']):.1f})", f"{m['area']['mean']:.3f}"))
+    head = (f"of {found['states']} states", f"resolution at {found['threshold']}, Å: median (worst state)", "area under FSC, at most 0.5")
     said = page.text(
         "Stage 1, parts and stage 2 ran again on each half-set alone: what both show of a state is in the data, not made by a model.",
         "The FSC of volumes tells how well the molecule is known, that of the differences how well its changes are.",

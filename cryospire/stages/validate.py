@@ -23,7 +23,8 @@ from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
 from cryospire.log import Progress, say
-from cryospire.maths import fourier, masks, metrics, recovery
+from cryospire.maths import fourier, masks, metrics
+from cryospire.maths.poses import angle_between
 from cryospire.stages import validate_figure
 from cryospire.stages.detail import frames, part_of_gaussians
 from cryospire.stages.evaluate import fsc_of_differences, render_states, summary
@@ -126,12 +127,15 @@ def agreement(volumes: Tensor, mask: Tensor, pixel_size: float) -> dict[str, Any
 
 
 def agreement_of_parts(first: Seen, second: Seen) -> dict[str, Any]:
-    """Numbers of parts, and the adjusted Rand index between one half's parts and those of the other's Gaussians in the same places."""
-    index = []
+    """Numbers of parts, the adjusted Rand index between one half's parts and those of the other's Gaussians in the same places, and
+    the share of Gaussians that are ``counted``, for the other has some there."""
+    index, counted = [], []
     for a, b in ((first, second), (second, first)):
         other = a.parts_by(b)
-        index.append(adjusted_rand_score(a.part[other >= 0].numpy(), other[other >= 0].numpy()))
-    return {"found": [first.parts, second.parts], "adjusted_rand_index": float(np.mean(index))}
+        near = other >= 0
+        index.append(adjusted_rand_score(a.part[near].numpy(), other[near].numpy()) if near.any() else 0.0)
+        counted.append(float(near.float().mean()))
+    return {"found": [first.parts, second.parts], "adjusted_rand_index": float(np.mean(index)), "counted": float(np.mean(counted))}
 
 
 def agreement_of_motion(whole: Seen, halves: list[Seen]) -> list[dict[str, Any]]:
@@ -157,8 +161,8 @@ def agreement_of_motion(whole: Seen, halves: list[Seen]) -> list[dict[str, Any]]
             {
                 "part": k + 1, "home": home, "states": states,
                 "occupancy": [o.tolist() for o in present], "occupancy_apart": float((present[0] - present[1]).abs().mean()),
-                "angle": [[recovery.angle_between(torch.eye(3), r) for r in own] for own in turns],
-                "angle_apart": [recovery.angle_between(a, b) for a, b in zip(*turns, strict=True)],
+                "angle": [[float(angle_between(torch.eye(3), r)) for r in own] for own in turns],
+                "angle_apart": [float(angle_between(a, b)) for a, b in zip(*turns, strict=True)],
                 "way": [[float(w.norm()) for w in own] for own in ways],
                 "way_apart": [float((a - b).norm()) for a, b in zip(*ways, strict=True)],
             }
@@ -177,14 +181,15 @@ def sentences(result: dict[str, Any]) -> list[str]:
     """What was found, for the terminal and the report."""
     volumes, differences, parts = result["volumes"], result["differences"], result["parts"]
     lines = [
-        f"volumes of the two half-sets agree to {volumes['resolution']['mean']:.1f} Å, what differs between states to "
-        f"{differences['resolution']['mean']:.1f} Å (FSC {result['threshold']}; area under it {volumes['area']['mean']:.3f} and "
+        f"volumes of the two half-sets agree in the median to {volumes['resolution']['median']:.1f} Å, what differs between states to "
+        f"{differences['resolution']['median']:.1f} Å (FSC {result['threshold']}; area under it {volumes['area']['mean']:.3f} and "
         f"{differences['area']['mean']:.3f}, at most 0.5)",
-        f"{parts['found'][0]} and {parts['found'][1]} parts, adjusted Rand index {parts['adjusted_rand_index']:.2f} between the half-sets",
+        f"{parts['found'][0]} and {parts['found'][1]} parts, adjusted Rand index {parts['adjusted_rand_index']:.2f} between the half-sets "
+        f"over the {parts['counted']:.0%} of Gaussians that lie in the same places",
     ]
     for m in result["motion"]:
         if "missing" in m:
-            lines.append(f"part {m['part']} is not found in half-set {' and '.join(map(str, m['missing']))}")
+            lines.append(f"part {m['part']} is not found where it is in the whole model in half-set {' and '.join(map(str, m['missing']))}")
             continue
         line = f"part {m['part']}: occupancies {m['occupancy_apart']:.2f} apart on average"
         if m["states"]:

@@ -25,7 +25,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         most = max(axis.get_xlim()[1], axis.get_ylim()[1])
         axis.plot([0, most], [0, most], color="0.7", lw=0.8, zorder=0)
         axis.set(xlabel="half-set 1", ylabel="half-set 2", title=what)
-        axis.legend(frameon=False, fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -36,7 +37,7 @@ def curves(axis: Axes, result: dict[str, Any], kind: str, title: str) -> None:
     frequency = np.arange(found.shape[1]) / (result["box"] * result["pixel_size"])
     axis.plot(frequency, found.T, color="tab:blue", lw=0.6, alpha=0.5)
     axis.plot(frequency, found.mean(0), color="k", lw=1.5, label=f"mean of {len(found)} states")
-    reached = f"{result['threshold']}: {result[kind]['resolution']['mean']:.1f} Å"
+    reached = f"{result['threshold']}: {result[kind]['resolution']['median']:.1f} Å (median)"
     axis.axhline(result["threshold"], color="0.5", lw=0.8, ls=":", label=reached)
     axis.axhline(0, color="k", lw=0.5)
     axis.set(xlabel="spatial frequency (1/Å)", ylabel="FSC between half-sets", title=title, ylim=(-0.15, 1.02))

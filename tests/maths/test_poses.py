@@ -1,8 +1,18 @@
 import numpy as np
+import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from cryospire.maths.poses import euler_to_matrix, even_rotations, exp_so3, frames, matrix_to_euler, random_rotations, rotvec_to_matrix
+from cryospire.maths.poses import (
+    angle_between,
+    euler_to_matrix,
+    even_rotations,
+    exp_so3,
+    frames,
+    matrix_to_euler,
+    random_rotations,
+    rotvec_to_matrix,
+)
 
 
 def angles(n: int) -> torch.Tensor:
@@ -77,3 +87,11 @@ def test_even_rotations_leave_no_gap_and_no_crowd() -> None:
     assert float(between.min()) > float(between.mean()) / 3
     assert float(grid.mean(0).abs().max()) < 0.01
     torch.testing.assert_close(grid @ grid.mT, torch.eye(3, dtype=torch.float64).expand(576, 3, 3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1e-3, 30.0, 179.0, 180.0])
+def test_angle_between(degrees: float) -> None:
+    a = Rotation.random(rng=1)
+    b = Rotation.from_rotvec(np.radians(degrees) * np.array([0.6, 0, 0.8])) * a
+    angle = angle_between(torch.from_numpy(a.as_matrix()), torch.from_numpy(b.as_matrix()))
+    assert float(angle) == pytest.approx(degrees, abs=1e-4)

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
@@ -51,14 +50,6 @@ def test_rigid_motion_is_recovered_and_never_a_reflection() -> None:
     assert torch.allclose(found, rotation, atol=1e-12) and torch.allclose(shift, torch.tensor([1.0, -2, 3], dtype=torch.float64))
     mirrored, _ = rigid.motion(source, source * torch.tensor([-1.0, 1, 1], dtype=torch.float64), weight)
     assert float(torch.det(mirrored)) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("degrees", [0.0, 1e-3, 30.0, 179.0, 180.0])
-def test_angle_between(degrees: float) -> None:
-    a = Rotation.random(rng=1)
-    b = Rotation.from_rotvec(np.radians(degrees) * np.array([0.6, 0, 0.8])) * a
-    angle = recovery.angle_between(torch.from_numpy(a.as_matrix()), torch.from_numpy(b.as_matrix()))
-    assert angle == pytest.approx(degrees, abs=1e-4)
 
 
 def test_leakage_is_the_planted_share() -> None:

@@ -5,8 +5,7 @@ import math
 import torch
 
 from cryospire.maths import rigid
-from cryospire.maths.poses import exp_so3
-from cryospire.maths.recovery import angle_between
+from cryospire.maths.poses import angle_between, exp_so3
 
 
 def cloud(n: int, seed: int, spread: float = 3.0) -> torch.Tensor:

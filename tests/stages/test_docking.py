@@ -1,6 +1,7 @@
 """Docking: what it compares is the log-likelihood of images, and planted parts are found where they are, however wrong the start."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import seen
 import torch
 
 from cryospire.maths import fourier, projection
-from cryospire.maths.poses import even_rotations, exp_so3, random_rotations
-from cryospire.stages import docking, parts
+from cryospire.maths.poses import angle_between, even_rotations, exp_so3, random_rotations
+from cryospire.stages import docking
 from cryospire.training.data import Particles
 
 BOX, PIXEL, SHAPES, EACH = 32, 6.0, 6, 100
@@ -49,24 +50,34 @@ class World:
 SCALE = torch.full((64,), 7.0)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A body that rests and an arm that turns far and is away at the last shape; the images tell, a shape's latent is its number."""
-    path = tmp_path_factory.mktemp("docking") / "particles.zarr"
-    data = seen.empty(path, SHAPES * EACH, BOX, PIXEL)
+def make_world(path: Path, turn: torch.Tensor, strength: torch.Tensor, each: int = EACH) -> World:
+    """A body that rests and an arm that turns (K, 3, 3) and is as strong as ``strength`` (K,) says; a shape's latent is its number."""
+    count = len(turn)
+    data = seen.empty(path, count * each, BOX, PIXEL)
     bodies = [cloud(POINTS["rest"], (16, 10, 10), 1), cloud(POINTS["arm"], (14, 7, 5), 2)]
-    turn = exp_so3(torch.tensor([[0.0, 0, 0], [0, 0, 0.6], [0, 0, 1.8], [0, 1.5, 1.5], [0, 0, 2.4], [0, 0, 0]]))
     centre = turn @ torch.tensor([30.0, 10, 0]) + torch.tensor([12.0, 0, 0])
-    still = docking.Pose(torch.eye(3).repeat(SHAPES, 1, 1), torch.tensor([-40.0, 0, 0]).repeat(SHAPES, 1), torch.ones(SHAPES))
-    truth = [still, docking.Pose(turn, centre, torch.tensor([1.0, 1, 1, 1, 1, 0]))]
-    shape = torch.arange(len(data)) % SHAPES
+    still = docking.Pose(torch.eye(3).repeat(count, 1, 1), torch.tensor([-40.0, 0, 0]).repeat(count, 1), torch.ones(count))
+    truth = [still, docking.Pose(turn, centre, strength)]
+    shape = torch.arange(len(data)) % count
     here = torch.cat([(b @ p.rotation[shape].mT) + p.centre[shape, None] for b, p in zip(bodies, truth, strict=True)], 1)
     amplitude = torch.cat([p.strength[shape, None].mul(PEAK).expand(-1, len(b)) for b, p in zip(bodies, truth, strict=True)], 1)
     seen.fill(path, data, seen.images(data, here, amplitude, SCALE))
-    latent = torch.arange(SHAPES).float()[:, None]
+    latent = torch.arange(count).float()[:, None]
     views = docking.Views.of(data, np.arange(len(data)), latent[shape], latent)
     drawn = [docking.Part.of(views, b, torch.full((len(b),), PEAK), SCALE[: len(b)]) for b in bodies]
     return World(views, data, shape, bodies, drawn, truth)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The arm turns far and is away at the last shape."""
+    turn = exp_so3(torch.tensor([[0.0, 0, 0], [0, 0, 0.6], [0, 0, 1.8], [0, 1.5, 1.5], [0, 0, 2.4], [0, 0, 0]]))
+    return make_world(tmp_path_factory.mktemp("docking") / "particles.zarr", turn, torch.tensor([1.0, 1, 1, 1, 1, 0]))
+
+
+def by_number(shapes: int) -> torch.Tensor:
+    """For each shape all shapes in the order of their distance from it (K, K)."""
+    return torch.cdist(*[torch.arange(shapes).float()[:, None]] * 2).argsort(1)
 
 
 def test_a_part_is_the_transform_of_its_projection(world: World) -> None:
@@ -100,7 +111,7 @@ def test_sums_hold_the_log_likelihood_of_the_images(world: World) -> None:
 
 def test_parts_are_found_from_a_wrong_start(world: World) -> None:
     """The arm starts at rest everywhere, or turned half round where it is; it is found, and found to be away."""
-    near = torch.cdist(*[torch.arange(SHAPES).float()[:, None]] * 2).argsort(1)
+    near = by_number(SHAPES)
     still, true = world.truth
     flipped = torch.diag(torch.tensor([-1.0, -1, 1]))
     for start in (
@@ -111,15 +122,15 @@ def test_parts_are_found_from_a_wrong_start(world: World) -> None:
         assert real == [True, True]
         arm = poses[1]
         assert arm.there.tolist() == [True] * 5 + [False] and bool(poses[0].there.all())
-        assert float(parts.angle(arm.rotation.mT @ true.rotation)[:5].max()) < 8, "degrees"
+        assert float(angle_between(arm.rotation, true.rotation)[:5].max()) < 8, "degrees"
         assert float((arm.centre - true.centre)[:5].norm(dim=1).max()) < PIXEL / 2
-        assert float(parts.angle(poses[0].rotation).max()) < 8
+        assert float(angle_between(torch.eye(3), poses[0].rotation).max()) < 8
         torch.testing.assert_close(arm.strength[:5], torch.ones(5), rtol=0, atol=0.1)
 
 
 def test_what_another_part_explains_is_none(world: World) -> None:
     """A third part is a copy of the arm where the arm ends up; the arm's motion was followed only to the shape before."""
-    near = torch.cdist(*[torch.arange(SHAPES).float()[:, None]] * 2).argsort(1)
+    near = by_number(SHAPES)
     still, true = world.truth
     short = torch.tensor([1.0, 1, 1, 1, 0, 0])
     arm = docking.Pose(true.rotation, torch.where(short[:, None] > 0, true.centre, true.centre[:1]), short)
@@ -133,11 +144,39 @@ def test_what_another_part_explains_is_none(world: World) -> None:
     assert real == [True, True]
 
 
-def test_noise_moves_nothing_far(world: World) -> None:
-    """Where a part rests, its own pose is kept: no other is taken for what noise alone would give."""
+def test_what_rests_is_not_moved_by_noise(world: World) -> None:
+    """Where a part rests, its own pose is kept, to the bit: no other is taken for what noise alone would give."""
     still = world.truth[0]
     sums = docking.Sums.of(world.views, SHAPES, still.centre, [(world.parts[1], world.truth[1])])
-    near = torch.cdist(*[torch.arange(SHAPES).float()[:, None]] * 2).argsort(1)
-    pose = docking.look(sums, world.parts[0], still, near[:, 1:3], even_rotations(docking.TURNS))
-    assert float(parts.angle(pose.rotation).max()) < 8
-    assert float((pose.centre - still.centre).norm(dim=1).max()) < PIXEL / 2
+    pose = docking.look(sums, world.parts[0], still, by_number(SHAPES)[:, 1:3], even_rotations(docking.TURNS))
+    assert torch.equal(pose.rotation, still.rotation) and torch.equal(pose.centre, still.centre)
+    torch.testing.assert_close(pose.strength, torch.ones(SHAPES), rtol=0, atol=0.1)
+
+
+def test_noise_alone_is_no_part(world: World, tmp_path: Path) -> None:
+    """Images without any part: none is moved, and none has the strength with which it is drawn."""
+    data = seen.empty(tmp_path / "particles.zarr", SHAPES * EACH, BOX, PIXEL)
+    latent = torch.arange(SHAPES).float()[:, None]
+    views = docking.Views.of(data, np.arange(len(data)), latent[torch.arange(len(data)) % SHAPES], latent)
+    for part, true in zip(world.parts, world.truth, strict=True):
+        sums = docking.Sums.of(views, SHAPES, true.centre, [])
+        pose = docking.look(sums, part, true, by_number(SHAPES)[:, 1:3], even_rotations(docking.TURNS))
+        assert torch.equal(pose.rotation, true.rotation) and torch.equal(pose.centre, true.centre)
+        assert float(pose.strength.max()) < docking.THERE
+
+
+def test_a_rare_part_stays_rare(tmp_path: Path) -> None:
+    """There at one shape of twelve: noise at the others is not taken for it."""
+    strength = torch.zeros(12)
+    strength[4] = 1
+    world = make_world(tmp_path / "particles.zarr", torch.eye(3).repeat(12, 1, 1), strength, each=60)
+    poses, _ = docking.dock(world.views, world.parts, world.truth, [False, False], by_number(12))
+    assert poses[1].there.tolist() == (strength > 0).tolist()
+
+
+def test_what_docking_says_does_not_depend_on_blocks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents are compared with the shapes some at a time."""
+    latent = torch.arange(SHAPES).float()[:, None]
+    monkeypatch.setattr(docking, "NEIGHBOURS", 37)
+    again = docking.Views.of(world.data, np.arange(len(world.data)), latent[world.shape], latent)
+    assert torch.equal(again.shape, world.views.shape) and torch.equal(again.slices, world.views.slices)

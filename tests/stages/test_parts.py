@@ -13,6 +13,7 @@ from cryospire.config import Config, Discover, Parts, Train
 from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
 from cryospire.kernels import render_volume
+from cryospire.maths import rigid
 from cryospire.maths.metrics import fsc
 from cryospire.maths.poses import exp_so3
 from cryospire.stages import discover, parts, train
@@ -80,8 +81,8 @@ def write_images(path: Path, model: mixtures.Mixture, truth: torch.Tensor, z: to
         seen.fill(path, data, seen.images(data, moved, present * model.relative_amplitude * model.amplitude_unit, model.scale))
 
 
-def division(discovery, tmp_path, **changes):  # type: ignore[no-untyped-def]
-    config = Config(parts=Parts(**changes), threads=1)
+def division(discovery, tmp_path, threads=1, **changes):  # type: ignore[no-untyped-def]
+    config = Config(parts=Parts(**changes), threads=threads)
     given = {"particles": discovery[0].with_name("particles.zarr"), "discovery": discovery[0]}
     parts.run(config, **given, output=tmp_path / "parts.zarr", force=True)
     return stores.open_store(tmp_path / "parts.zarr", "parts")
@@ -102,6 +103,23 @@ def test_planted_parts_and_their_number_are_found(discovery, divided) -> None:  
     assert np.all(np.diff(np.bincount(labels)) <= 0), "parts come largest first"
     assert np.array_equal(stores.read(found, "anchors/part")[anchor], labels), "an anchor serves one part"
     assert len(np.unique(anchor)) == 5
+
+
+def test_where_parts_are_is_told(discovery, divided) -> None:  # type: ignore[no-untyped-def]
+    """The third comes and goes with the second latent coordinate; the others are always there."""
+    found, _ = divided
+    present, z = stores.read(found, "motion/present").astype(bool), stores.read(found, "motion/latent")
+    order = [int(np.bincount(stores.read(found, "part")[discovery[1] == k]).argmax()) for k in range(3)]
+    clear = (np.abs(z[:, 1]) > 0.5) & (stores.read(found, "motion/share") * IMAGES > 15)
+    assert clear.sum() > 8
+    assert present[order[0]].all() and present[order[1]].all()
+    assert np.array_equal(present[order[2]][clear], z[clear, 1] > 0)
+
+
+def test_the_number_of_threads_changes_nothing(discovery, divided, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    again = division(discovery, tmp_path, threads=2, max_parts=6)
+    for name in ("part", "motion/rotation", "motion/translation", "motion/strength", "anchors/position"):
+        assert np.array_equal(stores.read(again, name), stores.read(divided[0], name)), name
 
 
 def test_masks_cover_their_parts_and_lie_between_zero_and_one(divided) -> None:  # type: ignore[no-untyped-def]
@@ -199,7 +217,7 @@ def test_anchors_move_rigidly(discovery, divided) -> None:  # type: ignore[no-un
 
 
 def test_a_lone_shape_does_not_tell_how_far_a_part_moves() -> None:
-    values, share = np.array([3.0, 40.0, 170.0, 90.0]), np.array([0.5, 0.49, 0.01, 0.0])
-    assert parts.reach(values, share) == 40.0
-    assert parts.reach(values, share[[2, 1, 0, 3]]) == 170.0
-    assert parts.reach(values, 0 * share) == 0.0
+    values, share = torch.tensor([3.0, 40.0, 170.0, 90.0]), torch.tensor([0.5, 0.49, 0.01, 0.0])
+    assert rigid.reach(values, share) == 40.0
+    assert rigid.reach(values, share[[2, 1, 0, 3]]) == 170.0
+    assert rigid.reach(values, 0 * share) == 0.0

@@ -59,7 +59,7 @@ def test_equal_halves_agree_in_everything(compare: Callable[..., dict], tmp_path
     found = compare(PLACES, PLACES)
     for kind in ("volumes", "differences"):
         np.testing.assert_allclose(found[kind]["curves"], 1, atol=1e-4)
-    assert found["parts"] == {"found": [2, 2], "adjusted_rand_index": 1.0}
+    assert found["parts"] == {"found": [2, 2], "adjusted_rand_index": 1.0, "counted": 1.0}
     for m in found["motion"]:
         assert max(m["angle_apart"]) < 0.1 and max(m["way_apart"]) < 1e-2 and m["occupancy_apart"] < 1e-4
         assert max(m["angle"][0]) > 5  # and there is something to agree on
@@ -107,7 +107,17 @@ def test_a_part_that_one_half_lacks_is_told(compare: Callable[..., dict]) -> Non
 
     found = compare(PLACES, PLACES, lose)
     assert [m.get("missing") for m in found["motion"]] == [None, [2]]
-    assert "part 2 is not found in half-set 2" in validate.sentences(found)[-1]
+    assert "part 2 is not found where it is in the whole model in half-set 2" in validate.sentences(found)[-1]
+
+
+def test_halves_that_share_no_place_say_so(compare: Callable[..., dict]) -> None:
+    """No Gaussian can be compared: the index over none would be 1."""
+
+    def move(mixture: mixtures.Mixture) -> None:
+        mixture.centre += 10  # pixels
+
+    found = compare(PLACES, PLACES, move)
+    assert found["parts"]["counted"] == 0 and found["parts"]["adjusted_rand_index"] == 0
 
 
 def test_a_model_of_all_particles_is_no_half(compare: Callable[..., dict], tmp_path: Path) -> None:
