@@ -26,7 +26,7 @@ BOX = 48  # pixels to which images are cropped
 IMAGES = 512  # near each shape
 BATCH = 256  # images at once
 FINER = 2  # lattice of a part's transform
-ROUNDS = 2  # over which parts learn from each other
+DRAWN = 16  # shells of the maps in the frames of parts
 TURNS = 576  # from which a pose is searched
 COARSE, MIDDLE = 8, 12  # shells of the search, and of the first climb
 TAKEN = 3  # poses of the search that are climbed
@@ -134,6 +134,47 @@ def predicted(views: Views, rows: slice, part: Part, pose: Pose) -> Tensor:
     return part.at(k @ pose.rotation[shape]) * torch.polar(pose.strength[shape, None].expand_as(phase).contiguous(), phase)
 
 
+def add(
+    views: Views,
+    rows: slice,
+    slices: Tensor,
+    weights: Tensor,
+    origin: Tensor,
+    rotation: Tensor,
+    which: Tensor,
+    numerator: Tensor,
+    weight: Tensor,
+) -> None:
+    """Insert ``slices`` (b, m) of images, counted from ``origin`` (b, 3), Å, in the particle's frame, into accumulators ``which`` (b,)."""
+    x, y = views.points.T
+    phase = (views.places(rows) @ origin[:, :, None])[..., 0] * (2 * math.pi / views.field)
+    grid = torch.zeros(2, len(slices), views.box, views.box // 2 + 1, dtype=torch.complex64)
+    grid[0, :, y, x], grid[1, :, y, x] = slices * torch.polar(torch.ones_like(phase), phase), weights.to(torch.complex64)
+    kernel.insert(numerator, weight, grid[0], grid[1].real, rotation, which)
+
+
+def in_frame(views: Views, pose: Pose) -> Tensor:
+    """Map (box, box, box), up to a factor that is the same for all parts, of all images where a part is there, in its frame: its motion
+    undone and its centre in the middle.  What does not move with it is smeared."""
+    numerator, weight = insertion.accumulators(1, views.box, 1)
+    for start in range(0, len(views.shape), BATCH):
+        rows = slice(start, start + BATCH)
+        shape, there = views.shape[rows], pose.there[views.shape[rows], None]
+        slices, weights = views.slices[rows] * there, views.transfer[rows] ** 2 * there
+        turned = views.rotation[rows] @ pose.rotation[shape]
+        add(views, rows, slices, weights, pose.centre[shape], turned, torch.zeros_like(shape), numerator, weight)
+    whole = insertion.reconstruct(numerator[0], weight[0], views.box, 1.0)
+    return fourier.apply_radial(whole, (torch.arange(views.box // 2 + 1) <= DRAWN).float(), 3)
+
+
+def read(volume: Tensor, place: Tensor, field: float) -> Tensor:
+    """Values (...) of a map (n, n, n) of side ``field``, Å, at places (..., 3) from its origin; 0 outside."""
+    n = len(volume)
+    grid = ((place / field + 0.5) * n + 0.5) * (2 / n) - 1  # of voxel centres; the origin is voxel n // 2
+    values = torch.nn.functional.grid_sample(volume[None, None], grid.reshape(1, 1, 1, -1, 3), align_corners=False)
+    return values.view(place.shape[:-1])
+
+
 @dataclass(frozen=True)
 class Sums:
     """What images near K shapes say of one part about an ``origin`` (K, 3), Å: ``numerator`` (K, L), ``weight`` (K, L) at
@@ -149,17 +190,13 @@ class Sums:
     def of(views: Views, shapes: int, origin: Tensor, others: list[tuple[Part, Pose]]) -> Sums:
         box = views.box
         numerator, weight = insertion.accumulators(shapes, box, 1)
-        x, y = views.points.T
         for start in range(0, len(views.shape), BATCH):
             rows = slice(start, start + BATCH)
             shape, transfer = views.shape[rows], views.transfer[rows]
             left = views.slices[rows]
             for part, pose in others:
                 left = left - transfer**2 * predicted(views, rows, part, pose)
-            phase = (views.places(rows) @ origin[shape, :, None])[..., 0] * (2 * math.pi / views.field)
-            grid = torch.zeros(2, len(shape), box, box // 2 + 1, dtype=torch.complex64)
-            grid[0, :, y, x], grid[1, :, y, x] = left * torch.polar(torch.ones_like(phase), phase), (transfer**2).to(torch.complex64)
-            kernel.insert(numerator, weight, grid[0], grid[1].real, views.rotation[rows], shape)
+            add(views, rows, left, transfer**2, origin[shape], views.rotation[rows], shape, numerator, weight)
         numerator, weight = insertion.complete(numerator, weight)
         # Spreading over the lattice has faded the density away from the origin.
         numerator = fourier.rfft(fourier.irfft(numerator, 3) / insertion.gridding(box, box, torch.float32), 3)
@@ -252,25 +289,24 @@ def look(sums: Sums, part: Part, pose: Pose, near: Tensor, turns: Tensor | None)
 
 
 def dock(
-    views: Views, parts: list[Part], poses: list[Pose], faint: list[bool], near: Tensor, done: Callable[[], None] = lambda: None
+    views: Views, parts: list[Part], poses: list[Pose], faint: list[bool], still: int, near: Tensor, done: Callable[[], None] = lambda: None
 ) -> tuple[list[Pose], list[bool]]:
-    """Poses of parts, each judged without what the others show of the images, in the order given, ``ROUNDS`` times; and which parts are
-    one.  The first, the heaviest, is near where it was found: it is what the particles were aligned by; the others are searched everywhere.
+    """Poses of parts, each judged without what the others show of the images, in the order given; and which parts are one.
+    The one that is ``still`` is near where it was found: it is what the particles were aligned by; the others are searched everywhere.
 
     What is ``faint`` may be another part that was not recognised where it stands: it is left out until all others have been docked, and
     is no part if the images then do not show it where it was.  ``near`` (K, K): the shapes in the order of their distance from each.
     ``done`` is called after each part, for progress.
     """
     poses, turns, real = list(poses), even_rotations(TURNS), [not f for f in faint]
-    for _ in range(ROUNDS):
-        for p in sorted(range(len(parts)), key=lambda p: faint[p]):
-            others = [(parts[q], poses[q]) for q in range(len(parts)) if q != p and real[q]]
-            sums = Sums.of(views, len(near), poses[p].centre, others)
-            if faint[p] and not real[p]:
-                real[p] = shown(sums, parts[p], poses[p])
-            if real[p]:
-                poses[p] = look(sums, parts[p], poses[p], near[:, 1:3], turns if p else None)
-            done()
+    for p in sorted(range(len(parts)), key=lambda p: faint[p]):
+        others = [(parts[q], poses[q]) for q in range(len(parts)) if q != p and real[q]]
+        sums = Sums.of(views, len(near), poses[p].centre, others)
+        if faint[p]:
+            real[p] = shown(sums, parts[p], poses[p])
+        if real[p]:
+            poses[p] = look(sums, parts[p], poses[p], near[:, 1:3], None if p == still else turns)
+        done()
     return poses, real
 
 

@@ -2,7 +2,8 @@
 
 Features give many small fragments, alike inside. Fragments are joined to parts by physics: as long as the whole still is, at every
 shape that the latents know, there as one rigid body or absent (``maths.rigid``). An arm that is drawn by other Gaussians wherever
-it stands is one part then, though no two of them have near features.  Where parts are at those shapes, the images tell (``docking``).
+it stands is one part then, though no two of them have near features.  Where parts are at those shapes, the images tell (``docking``),
+and then which part every Gaussian belongs to: the one in whose frame the images, its motion undone, show most where the Gaussian is.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ POSES, LEAST = 64, 32  # and along which parts are followed: at most, and partic
 # Of all that changes, above which fragments are not joined: eight simulated sets lost 0.13 or more below the true number, at most 0.09
 # above it, but for a part that was not recognised somewhere (0.62), which the images tell.
 LOSS = 0.1
+ROUNDS = 2  # of docking and division
+CLEARER = 1.2  # times as much density, for which a Gaussian goes to another part
+LEFT = 0.02  # of the mass, below which a part may not fall by that
 FAINT = 0.1  # of the mass, below which a part may be another one that was not recognised somewhere
 ELSEWHERE = 30.0  # degrees from where stage 1 had a part
 NEAR = 0.04  # fraction of the Gaussians over which a feature is averaged
@@ -66,14 +70,14 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
     full_mass = np.abs(stores.read(group, "gaussians/amplitude")) * stores.read(group, "gaussians/scale") ** 3
     feature = near_mean(stores.read(group, "gaussians/feature"), position, full_mass)
     fragments, most = min(max(FRAGMENTS, settings.parts), len(feature)), settings.parts or settings.max_parts
-    progress = Progress("parts", fragments - 1 + most * (1 + docking.ROUNDS), "steps", output.parent / "logs" / "parts.metrics.jsonl")
+    progress = Progress("parts", fragments - 1 + most * (1 + ROUNDS), "steps", output.parent / "logs" / "parts.metrics.jsonl")
     with progress:
         with threadpool_limits(1):  # a thousand points: starting threads would take longer than the work
             fragment = torch.from_numpy(cluster(feature, full_mass, fragments, int(rng.integers(2**31))))
             few = shapes(model, latents, SHAPES, int(rng.integers(2**31)))
             levels, losses = rigid.merge(few, fragment, lambda: progress.advance(1, "fragments joined"))
             chosen = min(settings.parts or suggest(losses, settings.max_parts), max(levels))
-            progress.total = len(levels) - 1 + chosen * (1 if settings.random else 1 + docking.ROUNDS)
+            progress.total = len(levels) - 1 + chosen * (1 if settings.random else 1 + ROUNDS)
             path = shapes(model, latents, min(POSES, max(SHAPES, len(latents) // LEAST)), int(rng.integers(2**31)))
             mean_mass = (path.share @ path.mass).numpy()
             labels = by_mass(rng.integers(chosen, size=len(feature)) if settings.random else levels[chosen].numpy(), mean_mass)
@@ -85,7 +89,10 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
         if not settings.random:
             views = docking.Views.of(data, rows, torch.from_numpy(latents).float(), path.latent)
             faint = [k > 0 and not settings.parts and mean_mass[labels == k].sum() < FAINT * mean_mass.sum() for k in range(chosen)]
-            division = division.docked(views, path, faint, lambda: progress.advance(1, "part docked into the images"))
+            for _ in range(ROUNDS):
+                division = division.docked(views, path, faint, lambda: progress.advance(1, "part docked into the images"))
+                division = division.settled(model, views, path)
+                faint = [False] * len(division.poses)
         with threadpool_limits(1):
             anchors = max(settings.anchors, len(division.poses))
             places = divide(division.label, division.position, division.mass, anchors, int(rng.integers(2**31)))
@@ -121,15 +128,20 @@ class Division:
     position: Array
     amplitude: Array
     scale: Array
+    reference: list[int]
     poses: list[Pose]
+
+    @staticmethod
+    def drawn(model: Mixture, path: rigid.Shapes, label: Array, reference: list[int]) -> Division:
+        """Each part as it is at its ``reference`` shape, without poses."""
+        centre, amplitude, scale = (t.numpy() for t in model.forward_gaussians(path.latent[reference]))
+        rows = np.arange(len(label))
+        return Division(label, centre[label, rows], amplitude[label, rows], scale, reference, [])
 
     @staticmethod
     def of(model: Mixture, path: rigid.Shapes, label: Array, bodies: list[rigid.Body]) -> Division:
         """Each part as it is where it is most: the body that its motion then carries."""
-        where = np.array([body.reference for body in bodies])
-        centre, amplitude, scale = (t.numpy() for t in model.forward_gaussians(path.latent[where]))
-        rows = np.arange(len(label))
-        drawn = Division(label, centre[label, rows], amplitude[label, rows], scale, [])
+        drawn = Division.drawn(model, path, label, [body.reference for body in bodies])
         for k, body in enumerate(bodies):
             centre_of_mass = body.rotation @ drawn.middle(k) + body.translation * model.pixel_size
             drawn.poses.append(Pose(body.rotation, centre_of_mass, body.present.float()))
@@ -157,7 +169,8 @@ class Division:
         position, amplitude, scale = (torch.from_numpy(a).float() for a in (self.position, self.amplitude, self.scale))
         own = [self.label == k for k in range(len(self.poses))]
         parts = [docking.Part.of(views, position[m] - self.middle(k), amplitude[m], scale[m]) for k, m in enumerate(own)]
-        poses, real = docking.dock(views, parts, self.poses, faint, path.near, done)
+        still = int(np.argmin([float((path.share * self.travel(k)[1] * pose.there).sum()) for k, pose in enumerate(self.poses)]))
+        poses, real = docking.dock(views, parts, self.poses, faint, still, path.near, done)
         for k, (old, new) in enumerate(zip(self.poses, poses, strict=True)):
             if real[k]:
                 there, way = old.there & new.there, (old.centre - new.centre).norm(dim=1)
@@ -169,9 +182,33 @@ class Division:
         kept = np.array(real)[self.label]
         nearest = cKDTree(self.position[kept]).query(self.position)[1]
         label = (np.cumsum(real) - 1).astype(np.int32)[self.label[kept][nearest]]
-        return replace(
-            self, label=label, amplitude=np.where(kept, self.amplitude, 0), poses=[p for p, r in zip(poses, real, strict=True) if r]
-        )
+        poses, reference = [poses[k] for k, r in enumerate(real) if r], [self.reference[k] for k, r in enumerate(real) if r]
+        return replace(self, label=label, amplitude=np.where(kept, self.amplitude, 0), reference=reference, poses=poses)
+
+    def settled(self, model: Mixture, views: docking.Views, path: rigid.Shapes) -> Division:
+        """With every Gaussian in the part in whose frame the images show most where it is, averaged over its mass at all shapes and its
+        neighbours in space; drawn anew, heaviest first."""
+        mass, centre = path.mass * path.share[:, None], path.centre * model.pixel_size
+        density = []
+        for pose in self.poses:
+            place = (centre - pose.centre[:, None]) @ pose.rotation  # in the part's frame
+            found = docking.read(docking.in_frame(views, pose), place, views.field) * pose.there[:, None]
+            density.append(((mass * found).sum(0) / mass.sum(0).clamp(min=1e-12)).clamp(min=0))
+        own, mean_mass = np.arange(len(self.label)), mass.sum(0).numpy()
+        score = near_mean(torch.stack(density, 1).numpy(), centre[path.share.argmax()].numpy(), mean_mass)
+        score[own, self.label] *= CLEARER
+        label = score.argmax(1).astype(np.int32)
+        drawn = Division.drawn(model, path, label, self.reference)
+        left = np.bincount(label, drawn.mass, len(self.poses))
+        if left.min() < LEFT * left.sum():
+            return self
+        order = np.argsort(-left, kind="stable")
+        drawn = replace(drawn, label=np.argsort(order).astype(np.int32)[label], reference=[self.reference[k] for k in order])
+        for k, old in enumerate(order):
+            pose = self.poses[old]
+            drawn.poses.append(replace(pose, centre=pose.rotation @ (drawn.middle(k) - self.middle(old)) + pose.centre))
+        say(f"parts: by the images {mean_mass[label != self.label].sum() / mean_mass.sum():.0%} of the mass belongs to another part")
+        return drawn
 
 
 def central(latents: Array) -> int:

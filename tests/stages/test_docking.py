@@ -118,8 +118,10 @@ def test_parts_are_found_from_a_wrong_start(world: World) -> None:
         docking.Pose(true.rotation[:1].repeat(SHAPES, 1, 1), true.centre[:1].repeat(SHAPES, 1), torch.ones(SHAPES)),
         docking.Pose(true.rotation @ flipped, true.centre, torch.ones(SHAPES)),
     ):
-        poses, real = docking.dock(world.views, world.parts, [still, start], [False, False], near)
-        assert real == [True, True]
+        poses = [still, start]
+        for _ in range(2):  # parts learn from each other
+            poses, real = docking.dock(world.views, world.parts, poses, [False, False], 0, near)
+            assert real == [True, True]
         arm = poses[1]
         assert arm.there.tolist() == [True] * 5 + [False] and bool(poses[0].there.all())
         assert float(angle_between(arm.rotation, true.rotation)[:5].max()) < 8, "degrees"
@@ -136,11 +138,12 @@ def test_what_another_part_explains_is_none(world: World) -> None:
     arm = docking.Pose(true.rotation, torch.where(short[:, None] > 0, true.centre, true.centre[:1]), short)
     copy = docking.Pose(true.rotation, true.centre, true.strength - short)
     three = [*world.parts, world.parts[1]]
-    poses, real = docking.dock(world.views, three, [still, arm, copy], [False, False, True], near)
+    poses, real = docking.dock(world.views, three, [still, arm, copy], [False, False, True], 0, near)
     assert real == [True, True, False]
+    poses, _ = docking.dock(world.views, world.parts, poses[:2], [False, False], 0, near)
     assert float((poses[1].centre - true.centre)[:5].norm(dim=1).max()) < PIXEL / 2
     # And a faint part that is one stays: the arm itself.
-    _, real = docking.dock(world.views, world.parts, [still, true], [False, True], near)
+    _, real = docking.dock(world.views, world.parts, [still, true], [False, True], 0, near)
     assert real == [True, True]
 
 
@@ -170,7 +173,7 @@ def test_a_rare_part_stays_rare(tmp_path: Path) -> None:
     strength = torch.zeros(12)
     strength[4] = 1
     world = make_world(tmp_path / "particles.zarr", torch.eye(3).repeat(12, 1, 1), strength, each=60)
-    poses, _ = docking.dock(world.views, world.parts, world.truth, [False, False], by_number(12))
+    poses, _ = docking.dock(world.views, world.parts, world.truth, [False, False], 0, by_number(12))
     assert poses[1].there.tolist() == (strength > 0).tolist()
 
 
@@ -180,3 +183,26 @@ def test_what_docking_says_does_not_depend_on_blocks(world: World, monkeypatch: 
     monkeypatch.setattr(docking, "NEIGHBOURS", 37)
     again = docking.Views.of(world.data, np.arange(len(world.data)), latent[world.shape], latent)
     assert torch.equal(again.shape, world.views.shape) and torch.equal(again.slices, world.views.slices)
+
+
+def test_a_part_is_seen_in_its_own_frame(world: World) -> None:
+    """Its motion undone, the images show the arm as it is drawn, and the body smeared; in the frame of the body it is the other way."""
+    own, other = (docking.in_frame(world.views, pose) for pose in reversed(world.truth))
+    body, arm = world.bodies
+    true = world.truth[1]
+    shape = 2  # turned by 1.8
+    seen_arm = docking.read(own, arm, world.views.field).mean()
+    seen_body = docking.read(other, body, world.views.field).mean()
+    arm_there = arm @ true.rotation[shape].T + true.centre[shape] - world.truth[0].centre[shape]
+    body_there = (body + world.truth[0].centre[shape] - true.centre[shape]) @ true.rotation[shape]
+    assert float(seen_arm) > 2 * float(docking.read(other, arm_there, world.views.field).mean())
+    assert float(seen_body) > 2 * float(docking.read(own, body_there, world.views.field).mean())
+
+
+def test_a_map_is_read_where_it_is() -> None:
+    """A density that grows along x, y and z, read between its voxels; 0 outside."""
+    z, y, x = torch.meshgrid(*[torch.arange(8.0) - 4] * 3, indexing="ij")
+    volume = x + 10 * y + 100 * z
+    place = torch.tensor([[[0.0, 0, 0], [3, -2, 1.5]], [[-6, 2, 4.6], [40, 0, 0]]])  # voxels of 2 Å
+    expected = torch.tensor([[0.0, 1.5 - 10 + 75], [-3 + 10 + 230, 0]])
+    torch.testing.assert_close(docking.read(volume, place, 16.0), expected)

@@ -1,6 +1,7 @@
 """Parts from planted features, seeds from a known density, and a fine mixture that keeps what the coarse one holds."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from cryospire.kernels import render_volume
 from cryospire.maths import rigid
 from cryospire.maths.metrics import fsc
 from cryospire.maths.poses import exp_so3
-from cryospire.stages import discover, parts, train
+from cryospire.stages import discover, docking, parts, train
 from cryospire.training import model as mixtures
+from cryospire.training.data import Particles
 
 BOX, PIXEL, G, IMAGES = 32, 4.0, 240, 800
 
@@ -114,6 +116,27 @@ def test_where_parts_are_is_told(discovery, divided) -> None:  # type: ignore[no
     assert clear.sum() > 8
     assert present[order[0]].all() and present[order[1]].all()
     assert np.array_equal(present[order[2]][clear], z[clear, 1] > 0)
+
+
+def test_the_images_put_gaussians_right(discovery) -> None:  # type: ignore[no-untyped-def]
+    """A fifth of the Gaussians start in a part drawn by lot; parts are where they are."""
+    path, truth = discovery
+    data = Particles(stores.open_store(path.with_name("particles.zarr"), "particles"))
+    model, z = mixtures.load(path), stores.read(stores.open_store(path, "discovery"), "latents")
+    known = parts.shapes(model, z, 25, 0)
+    right = parts.Division.of(model, known, truth, [rigid.fit(known, torch.from_numpy(truth == k), thorough=True) for k in range(3)])
+    rng = np.random.default_rng(0)
+    label = np.where(rng.random(G) < 0.2, rng.integers(3, size=G), truth).astype(np.int32)
+    wrong = parts.Division.drawn(model, known, label, right.reference)
+    for k, pose in enumerate(right.poses):
+        wrong.poses.append(replace(pose, centre=pose.rotation @ (wrong.middle(k) - right.middle(k)) + pose.centre))
+    assert adjusted_rand_score(truth, label) < 0.8
+    views = docking.Views.of(data, np.arange(IMAGES), torch.from_numpy(z), known.latent)
+    settled = wrong.settled(model, views, known)
+    assert adjusted_rand_score(truth, settled.label) > 0.95
+    for k, pose in enumerate(settled.poses):  # and what carries them is what it was
+        assert torch.equal(pose.rotation, right.poses[k].rotation)
+        torch.testing.assert_close(settled.translation(k), right.translation(k), rtol=0, atol=0.05)
 
 
 def test_the_number_of_threads_changes_nothing(discovery, divided, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
