@@ -188,7 +188,8 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         maps = 12 + 2 * most_parts(config)  # detail and mask of every part stay in memory
         memory, seconds, disk = maps * side**3 * 4 / 1e6, 3 * volumes * (side / 64) ** 3, 2 * volumes * side**3 * 4 / 1e6
     elif stage in ("evaluate", "validate"):
-        maps = 60 if stage == "evaluate" else 20 + 4 * config.analyse.states
+        states = config.simulate.states if config.simulate else len(list(config.truth.glob("vol_*.mrc"))) if config.truth else 0
+        maps = 60 + 6 * states if stage == "evaluate" else 20 + 4 * config.analyse.states
         memory, seconds = 1000 + maps * b**3 * 4 / 1e6, 300 * (b / 64) ** 3
     on_node = -(-tasks // nodes)
     bound = site.max_mem_mb if site and site.max_mem_mb else 1 << 40

@@ -94,7 +94,7 @@ rule recovar:
     resources:
         mem_mb=12000,
     params:
-        # The program's own commands; without a GPU its insertion is put right, as peers/recovar_cpu.py says.
+        # The program's own commands; without a GPU an error is put right and what is slow is replaced by equals: peers/recovar_cpu.py.
         command=f"{environment('recovar') / 'bin/python'} {HERE / 'peers' / 'recovar_cpu.py'}",
         zdim=RECOVAR["zdim"],
         flags=RECOVAR["flags"],
