@@ -32,7 +32,7 @@ COARSE, MIDDLE = 8, 12  # shells of the search, and of the first climb
 TAKEN = 3  # poses of the search that are climbed
 STEPS, RATE = 20, 0.5  # of a climb; pixels of the box
 REACH = 6  # of them by which a turn of one radian moves a part
-FAR = 1 / 3  # of the box, beyond which a part is not searched: noise is stronger where spreading over the lattice has faded the density
+FAR = 1 / 4  # of the box, beyond which a part is not searched: noise is stronger where spreading over the lattice has faded the density
 GAIN = 15.0  # in log-likelihood, for which a part is moved: the search finds 6 to 13 in noise alone
 THERE = 0.4  # of the strength that a part has at its best, but at most of what it is drawn with
 NEIGHBOURS = 2**16  # latents at once that are compared with the shapes
@@ -289,23 +289,31 @@ def look(sums: Sums, part: Part, pose: Pose, near: Tensor, turns: Tensor | None)
 
 
 def dock(
-    views: Views, parts: list[Part], poses: list[Pose], faint: list[bool], still: int, near: Tensor, done: Callable[[], None] = lambda: None
+    views: Views,
+    parts: list[Part],
+    poses: list[Pose],
+    faint: list[bool],
+    doubtful: bool,
+    still: int,
+    near: Tensor,
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[list[Pose], list[bool]]:
     """Poses of parts, each judged without what the others show of the images, in the order given; and which parts are one.
-    The one that is ``still`` is near where it was found: it is what the particles were aligned by; the others are searched everywhere.
+    The one that is ``still`` is near where it was found: it is what the particles were aligned by; the others are searched everywhere,
+    but not what is ``faint``, which would be found in whatever the others leave of the images.
 
-    What is ``faint`` may be another part that was not recognised where it stands: it is left out until all others have been docked, and
-    is no part if the images then do not show it where it was.  ``near`` (K, K): the shapes in the order of their distance from each.
-    ``done`` is called after each part, for progress.
+    ``doubtful``: what is faint may be another part that was not recognised where it stands; it is left out until all others have been
+    docked, and is no part if the images then do not show it where it was.  ``near`` (K, K): the shapes in the order of their distance
+    from each.  ``done`` is called after each part, for progress.
     """
-    poses, turns, real = list(poses), even_rotations(TURNS), [not f for f in faint]
+    poses, turns, real = list(poses), even_rotations(TURNS), [not (f and doubtful) for f in faint]
     for p in sorted(range(len(parts)), key=lambda p: faint[p]):
         others = [(parts[q], poses[q]) for q in range(len(parts)) if q != p and real[q]]
         sums = Sums.of(views, len(near), poses[p].centre, others)
-        if faint[p]:
+        if faint[p] and doubtful:
             real[p] = shown(sums, parts[p], poses[p])
         if real[p]:
-            poses[p] = look(sums, parts[p], poses[p], near[:, 1:3], None if p == still else turns)
+            poses[p] = look(sums, parts[p], poses[p], near[:, 1:3], None if p == still or faint[p] else turns)
         done()
     return poses, real
 

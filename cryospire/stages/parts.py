@@ -88,11 +88,9 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
         division = Division.of(model, path, labels, bodies)
         if not settings.random:
             views = docking.Views.of(data, rows, torch.from_numpy(latents).float(), path.latent)
-            faint = [k > 0 and not settings.parts and mean_mass[labels == k].sum() < FAINT * mean_mass.sum() for k in range(chosen)]
             for _ in range(ROUNDS):
-                division = division.docked(views, path, faint, lambda: progress.advance(1, "part docked into the images"))
+                division = division.docked(views, path, not settings.parts, lambda: progress.advance(1, "part docked into the images"))
                 division = division.settled(model, views, path)
-                faint = [False] * len(division.poses)
         with threadpool_limits(1):
             anchors = max(settings.anchors, len(division.poses))
             places = divide(division.label, division.position, division.mass, anchors, int(rng.integers(2**31)))
@@ -164,13 +162,16 @@ class Division:
         """Angles (K,), degrees, by which a part is turned from its reference shape, and ways (K,), Å, that its centre has gone."""
         return angle_between(torch.eye(3), self.poses[k].rotation), (self.poses[k].centre - self.middle(k)).norm(dim=1)
 
-    def docked(self, views: docking.Views, path: rigid.Shapes, faint: list[bool], done: Callable[[], None]) -> Division:
-        """With every part where the images say that it is; what is ``faint`` and is not found in them goes to its neighbours."""
+    def docked(self, views: docking.Views, path: rigid.Shapes, doubtful: bool, done: Callable[[], None]) -> Division:
+        """With every part where the images say that it is; what is faint, and ``doubtful`` for that, goes to its neighbours if it is not
+        found in them."""
         position, amplitude, scale = (torch.from_numpy(a).float() for a in (self.position, self.amplitude, self.scale))
         own = [self.label == k for k in range(len(self.poses))]
         parts = [docking.Part.of(views, position[m] - self.middle(k), amplitude[m], scale[m]) for k, m in enumerate(own)]
         still = int(np.argmin([float((path.share * self.travel(k)[1] * pose.there).sum()) for k, pose in enumerate(self.poses)]))
-        poses, real = docking.dock(views, parts, self.poses, faint, still, path.near, done)
+        mean_mass = path.share @ path.mass
+        faint = [bool(mean_mass[torch.from_numpy(m)].sum() < FAINT * mean_mass.sum()) and k != still for k, m in enumerate(own)]
+        poses, real = docking.dock(views, parts, self.poses, faint, doubtful, still, path.near, done)
         for k, (old, new) in enumerate(zip(self.poses, poses, strict=True)):
             if real[k]:
                 there, way = old.there & new.there, (old.centre - new.centre).norm(dim=1)

@@ -120,7 +120,7 @@ def test_parts_are_found_from_a_wrong_start(world: World) -> None:
     ):
         poses = [still, start]
         for _ in range(2):  # parts learn from each other
-            poses, real = docking.dock(world.views, world.parts, poses, [False, False], 0, near)
+            poses, real = docking.dock(world.views, world.parts, poses, [False, False], True, 0, near)
             assert real == [True, True]
         arm = poses[1]
         assert arm.there.tolist() == [True] * 5 + [False] and bool(poses[0].there.all())
@@ -138,12 +138,12 @@ def test_what_another_part_explains_is_none(world: World) -> None:
     arm = docking.Pose(true.rotation, torch.where(short[:, None] > 0, true.centre, true.centre[:1]), short)
     copy = docking.Pose(true.rotation, true.centre, true.strength - short)
     three = [*world.parts, world.parts[1]]
-    poses, real = docking.dock(world.views, three, [still, arm, copy], [False, False, True], 0, near)
+    poses, real = docking.dock(world.views, three, [still, arm, copy], [False, False, True], True, 0, near)
     assert real == [True, True, False]
-    poses, _ = docking.dock(world.views, world.parts, poses[:2], [False, False], 0, near)
+    poses, _ = docking.dock(world.views, world.parts, poses[:2], [False, False], True, 0, near)
     assert float((poses[1].centre - true.centre)[:5].norm(dim=1).max()) < PIXEL / 2
     # And a faint part that is one stays: the arm itself.
-    _, real = docking.dock(world.views, world.parts, [still, true], [False, True], 0, near)
+    _, real = docking.dock(world.views, world.parts, [still, true], [False, True], True, 0, near)
     assert real == [True, True]
 
 
@@ -173,7 +173,7 @@ def test_a_rare_part_stays_rare(tmp_path: Path) -> None:
     strength = torch.zeros(12)
     strength[4] = 1
     world = make_world(tmp_path / "particles.zarr", torch.eye(3).repeat(12, 1, 1), strength, each=60)
-    poses, _ = docking.dock(world.views, world.parts, world.truth, [False, False], 0, by_number(12))
+    poses, _ = docking.dock(world.views, world.parts, world.truth, [False, False], True, 0, by_number(12))
     assert poses[1].there.tolist() == (strength > 0).tolist()
 
 
