@@ -74,11 +74,11 @@ class Details:
         total, masks, most = (np.zeros_like(self.mask[0]) for _ in range(3))
         for k, o in enumerate(present):
             pose = rotation[k], translation[k] / self.pixel_size
-            total += o * o * carry(self.detail[k], *pose, order=3)
             mask = carry(self.mask[k], *pose, order=1)
+            total += o * o * carry(self.detail[k], *pose, order=3) * (mask > 0)  # splines ring beyond it
             masks += o * mask
             most = np.maximum(most, o * (mask > 0))
-        shared: NDArray[np.float32] = total / np.where(most > FAINT, np.maximum(masks, most), 1)  # splines ring beyond the masks
+        shared: NDArray[np.float32] = total / np.where(most > 0, np.maximum(masks, most), 1)
         return shared
 
 

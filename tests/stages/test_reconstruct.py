@@ -9,12 +9,14 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import particles, stores
 from cryospire.kernels import render_volume
 from cryospire.maths import insertion
+from cryospire.maths.poses import exp_so3
 from cryospire.stages import bench_feed, detail, reconstruct
 from cryospire.training.data import Particles
 from cryospire.training.model import Mixture
@@ -140,6 +142,25 @@ def run(folder: Path, output: str, ranks: int) -> None:
     command = [str(MPIEXEC), "-n", str(ranks), sys.executable, "-m", "cryospire", "reconstruct", *files]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("occupancy", [1.0, 1e-2, 1e-5, 0.0])
+def test_detail_stays_what_it_is_where_a_part_is_hardly_there(monkeypatch: pytest.MonkeyPatch, occupancy: float) -> None:
+    """Splines ring beyond a mask: where only a part lies that is hardly there, that must not be blown up to the density of one that is."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.zeros(2, 24, 24, 24)
+    mask[0, 6:18, 6:18, 4:12] = 1
+    mask[1, 6:18, 6:18, 12:20] = 1
+    values = ndimage.gaussian_filter(torch.randn(2, 24, 24, 24, generator=g).numpy(), (0, 1.5, 1.5, 1.5)) * mask.numpy()
+    splines = np.stack([ndimage.spline_filter(v, output=np.float32) for v in values])
+    there, turn = torch.tensor([[1.0, occupancy]]), exp_so3(torch.tensor([[[0.0, 0.1, 0.2], [0.0, 0.1, 0.2]]]))
+    monkeypatch.setattr(detail, "frames", lambda *given: (turn, torch.zeros(1, 2, 3), there))
+    shown = detail.Details(None, torch.zeros(1), splines, mask.numpy(), 1.0).at(torch.zeros(2))  # type: ignore[arg-type]
+    back = detail.carry(shown, turn[0, 0].T.numpy(), np.zeros(3), order=1)
+    assert np.abs(shown).max() < 1.2 * np.abs(values).max()
+    inner = np.s_[8:16, 8:16, 6:10], np.s_[8:16, 8:16, 14:18]
+    expected = [(a * b).sum() / (b * b).sum() for a, b in ((back[k], values[i][k]) for i, k in enumerate(inner))]
+    assert expected == pytest.approx([expected[0], occupancy * expected[0]], abs=0.1) and expected[0] > 0.8
 
 
 def test_same_maps_on_more_ranks(folder: Path) -> None:
