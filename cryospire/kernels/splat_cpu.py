@@ -93,10 +93,10 @@ def _window(s, cutoff):  # type: ignore[no-untyped-def]
 @numba.njit(inline="always")
 def _margin(scale, cutoff):  # type: ignore[no-untyped-def]
     """The widest window in whole vectors."""
-    widest = np.float32(0.0)
+    widest = 1
     for s in scale:
-        widest = max(widest, s)
-    return (_window(widest, cutoff) + LANES - 1) // LANES * LANES
+        widest = max(widest, _window(s, cutoff))  # whole numbers: a scale that is not finite must not hide the others
+    return (widest + LANES - 1) // LANES * LANES
 
 
 @numba.njit(inline="always")

@@ -52,6 +52,23 @@ def test_twins_agree(images: int, gaussians: int, box: int, scales: tuple[float,
         assert relative(a, b) < 1e-5  # exponents reach (3 + 1.5 / 0.35)^2 / 2 = 27, known to 2^-24 of that
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_what_is_not_finite_harms_nothing_else(bad: float) -> None:
+    """A centre, weight or scale that has run away: no crash, and Gaussians of other images stay as they are."""
+    xy, weight, scale, grad = scene(3, 40, 22, (0.5, 3.0))
+    whole = kernels.splat(xy, weight, scale, 22)
+    for what in ("xy", "weight"):
+        broken = {"xy": xy.clone(), "weight": weight.clone()}
+        broken[what][1, ..., 7] = bad
+        assert torch.equal(kernels.splat(broken["xy"], broken["weight"], scale, 22)[[0, 2]], whole[[0, 2]])
+    if bad != 1e30:
+        for place in (0, 20, 39):
+            runaway = scale.clone()
+            runaway[place] = bad
+            leaves = [t.clone().requires_grad_() for t in (xy, weight, runaway)]
+            kernels.splat(*leaves, 22).backward(grad)
+
+
 def test_plain_twin_passes_gradcheck() -> None:
     xy, weight, scale, _ = scene(2, 5, 12, (0.8, 1.6))
     leaves = tuple(t.double().requires_grad_() for t in (xy / 3, weight, scale))
