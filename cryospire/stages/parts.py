@@ -168,9 +168,12 @@ class Division:
         position, amplitude, scale = (torch.from_numpy(a).float() for a in (self.position, self.amplitude, self.scale))
         own = [self.label == k for k in range(len(self.poses))]
         parts = [docking.Part.of(views, position[m] - self.middle(k), amplitude[m], scale[m]) for k, m in enumerate(own)]
-        still = int(np.argmin([float((path.share * self.travel(k)[1] * pose.there).sum()) for k, pose in enumerate(self.poses)]))
         mean_mass = path.share @ path.mass
-        faint = [bool(mean_mass[torch.from_numpy(m)].sum() < FAINT * mean_mass.sum()) and k != still for k, m in enumerate(own)]
+        light = [bool(mean_mass[torch.from_numpy(m)].sum() < FAINT * mean_mass.sum()) for m in own]
+        # What the particles were aligned by is there, does not move and is not light.
+        away = [float(path.share @ torch.where(p.there, self.travel(k)[1], views.field)) for k, p in enumerate(self.poses)]
+        still = int(np.argmin(np.add(away, np.multiply(light, views.field))))
+        faint = [few and k != still for k, few in enumerate(light)]
         poses, real = docking.dock(views, parts, self.poses, faint, doubtful, still, path.near, done)
         for k, (old, new) in enumerate(zip(self.poses, poses, strict=True)):
             if real[k]:
@@ -200,8 +203,9 @@ class Division:
         score[own, self.label] *= CLEARER
         label = score.argmax(1).astype(np.int32)
         drawn = Division.drawn(model, path, label, self.reference)
-        left = np.bincount(label, drawn.mass, len(self.poses))
-        if left.min() < LEFT * left.sum():
+        left, before = (np.bincount(d.label, d.mass, len(self.poses)) for d in (drawn, self))
+        if np.any((left < LEFT * left.sum()) & (left < before)):
+            say("parts: the images do not tell which part every Gaussian belongs to; they stay as stage 1 has them")
             return self
         order = np.argsort(-left, kind="stable")
         drawn = replace(drawn, label=np.argsort(order).astype(np.int32)[label], reference=[self.reference[k] for k in order])

@@ -139,6 +139,25 @@ def test_the_images_put_gaussians_right(discovery) -> None:  # type: ignore[no-u
         torch.testing.assert_close(settled.translation(k), right.translation(k), rtol=0, atol=0.05)
 
 
+def test_what_is_rarely_there_does_not_rest(discovery, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """The body moves a little everywhere, a light part is there at one shape, where it is drawn: that one is faint, the body rests."""
+    path, truth = discovery
+    data = Particles(stores.open_store(path.with_name("particles.zarr"), "particles"))
+    model, z = mixtures.load(path), stores.read(stores.open_store(path, "discovery"), "latents")
+    known = parts.shapes(model, z, 10, 0)
+    known.mass[:, torch.from_numpy(truth == 2)] *= 0.1
+    division = parts.Division.of(model, known, truth, [rigid.fit(known, torch.from_numpy(truth == k)) for k in range(3)])
+    body, arm, rare = division.poses
+    there = torch.zeros(10)
+    there[division.reference[2]] = 1
+    division.poses[:] = [replace(body, centre=body.centre + torch.tensor([1.0, 0, 0])), arm, replace(rare, strength=there)]
+    asked = []
+    monkeypatch.setattr(docking, "dock", lambda views, drawn, poses, faint, *rest: asked.append((faint, *rest)) or (poses, [True] * 3))
+    division.docked(docking.Views.of(data, np.arange(IMAGES), torch.from_numpy(z), known.latent), known, True, lambda: None)
+    faint, doubtful, still, *_ = asked[0]
+    assert (faint, doubtful, still) == ([False, False, True], True, 0)
+
+
 def test_the_number_of_threads_changes_nothing(discovery, divided, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     again = division(discovery, tmp_path, threads=2, max_parts=6)
     for name in ("part", "motion/rotation", "motion/translation", "motion/strength", "anchors/position"):
