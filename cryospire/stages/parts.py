@@ -45,7 +45,7 @@ POSES, LEAST = 64, 32  # and along which parts are followed: at most, and partic
 # Of all that changes, above which fragments are not joined: eight simulated sets lost 0.13 or more below the true number, at most 0.09
 # above it, but for a part that was not recognised somewhere (0.62), which the images tell.
 LOSS = 0.1
-ROUNDS = 2  # of docking and division
+ROUNDS = 2  # of docking, over which parts learn from each other
 CLEARER = 1.2  # times as much density, for which a Gaussian goes to another part
 LEFT = 0.02  # of the mass, below which a part may not fall by that
 FAINT = 0.1  # of the mass, below which a part may be another one that was not recognised somewhere
@@ -90,7 +90,7 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
             views = docking.Views.of(data, rows, torch.from_numpy(latents).float(), path.latent)
             for _ in range(ROUNDS):
                 division = division.docked(views, path, not settings.parts, lambda: progress.advance(1, "part docked into the images"))
-                division = division.settled(model, views, path)
+            division = division.settled(model, views, path)  # not docked again: parts drawn anew were turned half round at whole states
         with threadpool_limits(1):
             anchors = max(settings.anchors, len(division.poses))
             places = divide(division.label, division.position, division.mass, anchors, int(rng.integers(2**31)))
