@@ -24,6 +24,7 @@ from cryospire.conventions import InputError
 SCHEMA_VERSION = 1
 SCHEMAS = ("particles", "consensus", "discovery", "parts", "model", "reconstruction", "analysis", "volumes")
 ROWS = 4096  # rows of a chunk in arrays that have one row for each particle
+zarr.config.set({"array.write_empty_chunks": True})  # looking whether all values of a chunk are 0 took longer than all else in writing it
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -138,6 +139,7 @@ def radius(box: int, dims: int = 2, centre: Sequence[float] | None = None) -> Te
     return torch.stack(grids).square().sum(0).sqrt()
 
 
+@lru_cache(maxsize=8)
 def window(box: int, inner: float = 0.85, outer: float = 0.99) -> Tensor:
     """Circular window (box, box): 1 inside ``inner`` of the half box, falling linearly to 0 at ``outer``."""
     return ((outer - radius(box) / (box / 2)) / (outer - inner)).clamp(0, 1)

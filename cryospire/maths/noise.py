@@ -15,8 +15,8 @@ def background(box: int) -> Tensor:
 
 def level(images: Tensor) -> Tensor:
     """Mean background (n, 1, 1) of images (n, box, box)."""
-    weight = background(images.shape[-1])
-    return (images * weight).sum((1, 2), keepdim=True) / weight.sum()
+    weight = background(images.shape[-1]).to(images)
+    return (images.flatten(1) @ (weight / weight.sum()).flatten())[:, None, None]
 
 
 def background_power(images: Tensor) -> Tensor:

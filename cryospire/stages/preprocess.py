@@ -30,7 +30,7 @@ from cryospire.maths import fourier, noise
 from cryospire.stages import distortions
 
 SAMPLE = 2000  # images of an optics group from which its noise is measured
-CHUNK = 2 << 20  # bytes of a chunk; also the batch in which images are transformed
+BATCH = 512 << 10  # bytes of images that are transformed at once: they stay in a core's cache
 Array = NDArray[Any]
 
 
@@ -209,7 +209,7 @@ def measure_noise(workers: Client, table: ParticleTable, geometry: Geometry, see
 def sample_power(rows: Rows) -> Tensor:
     """One task: the sum (box // 2 + 1,) over images of the background's power."""
     torch.set_num_threads(1)  # of this thread: a worker is one core
-    step = max(1, CHUNK // (4 * _stack(next(iter(rows.paths.values()))).shape[-1] ** 2))
+    step = together(_stack(next(iter(rows.paths.values()))).shape[-1])
     parts = [noise.background_power(read_images(rows.take(slice(i, i + step)))).double().sum(0) for i in range(0, len(rows.row), step)]
     return torch.stack(parts).sum(0)
 
@@ -236,13 +236,18 @@ def transform(images: Tensor, g: int, recipe: Recipe) -> Tensor:
 
 def filtered(images: Tensor, factors: Tensor) -> Tensor:
     """Images (n, box, box) whose transforms are multiplied by ``factors`` (box, box // 2 + 1)."""
-    return torch.fft.irfft2(torch.fft.rfft2(images) * factors, s=images.shape[-2:])
+    return torch.fft.irfft2(torch.fft.rfft2(images).mul_(factors), s=images.shape[-2:])
 
 
 def resize(images: Tensor, box: int) -> Tensor:
     """Cut or zero-pad images about their centre."""
     edge = (box - images.shape[-1]) // 2
     return torch.nn.functional.pad(images, [edge] * 4) if edge else images
+
+
+def together(box: int) -> int:
+    """How many images of a box are transformed at once."""
+    return max(1, BATCH // (4 * box**2))
 
 
 def shards(array: Any) -> list[NDArray[np.int64]]:
@@ -257,7 +262,7 @@ def make_shard(store: Path, k: int, rows: Rows, recipe: Recipe) -> tuple[int, fl
     array: Any = stores.writable(store)["images"]
     out = np.empty((len(rows.row), *array.shape[1:]), array.dtype)
     values = torch.from_numpy(out)  # torch rounds to half precision forty times as fast as numpy
-    step = array.chunks[0]
+    step = together(out.shape[-1])
     total = 0.0
     for start in range(0, len(out), step):
         batch = rows.take(slice(start, start + step))
