@@ -4,13 +4,14 @@ Stage 1 draws a far turn by Gaussians that fade here and come there, and its blu
 half round.  Images near a shape do.  Less what the other parts show of them, they are added up as Fourier slices about the part's
 centre; their log-likelihood of the part, drawn as it is at its reference shape, is then a sum over one lattice for any pose of it:
 ``2 Re <N, F> - <W, |F|^2>``, N the slices times their CTFs, W the CTFs squared, and ``<N, F>^2 / <W, |F|^2>`` at the best strength.
-It is searched over all turns and ways, and climbed from the best of them.
+It is searched over all turns and ways, and climbed from the best of them.  Then every part is drawn anew, as all images show it
+in its own frame, and docked again: stage 1's blurred drawing of it hardly tells it from itself turned half round, the images do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,18 +19,20 @@ import torch
 from torch import Tensor
 
 from cryospire.kernels import insertion as kernel
+from cryospire.kernels import render_volume
 from cryospire.maths import fourier, insertion
-from cryospire.maths.poses import even_rotations, exp_so3
+from cryospire.maths.poses import angle_between, even_rotations, exp_so3
 from cryospire.training.data import Particles, Rows
 
 BOX = 48  # pixels to which images are cropped
 IMAGES = 512  # near each shape
 BATCH = 256  # images at once
 FINER = 2  # lattice of a part's transform
-DRAWN = 16  # shells of the maps in the frames of parts
+DRAWN = 16  # shells of the maps in the frames of parts, by which Gaussians are divided
+AROUND, EDGE = 2.0, 0.05  # pixels by which a part is blurred, and the fraction of its peak where the mask about it ends
 TURNS = 576  # from which a pose is searched
 COARSE, MIDDLE = 8, 12  # shells of the search, and of the first climb
-TAKEN = 3  # poses of the search that are climbed
+TAKEN, APART = 5, 60.0  # poses of the search that are climbed, and degrees between them
 STEPS, RATE = 20, 0.5  # of a climb; pixels of the box
 REACH = 6  # of them by which a turn of one radian moves a part
 FAR = 1 / 4  # of the box, beyond which a part is not searched: noise is stronger where spreading over the lattice has faded the density
@@ -88,9 +91,11 @@ def _slice(box: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A part at its reference shape about its centre of mass: its transform (2, n, n, n), real and imaginary, as [kz, ky, kx]."""
+    """A part in its own frame, about its centre of mass: its ``transform`` (2, n, n, n), real and imaginary, as [kz, ky, kx], and the
+    soft mask ``where`` (box, box, box) it lies."""
 
     transform: Tensor
+    where: Tensor
     box: int
 
     @staticmethod
@@ -104,7 +109,20 @@ class Part:
         weight = amplitude.double() * (math.sqrt(2 * math.pi) * scale.double()) ** 3 / views.unit
         planes = axes[:, 1, :, None] * axes[:, 0, None, :] * weight[:, None, None]
         transform = torch.einsum("gz,gyx->zyx", axes[:, 2], planes.to(torch.complex64))
-        return Part(torch.stack([transform.real, transform.imag]), views.box)
+        pixel = views.field / views.box
+        wide = (scale**2 + (AROUND * pixel) ** 2).sqrt()
+        blurred = render_volume(offset, amplitude * (scale / wide) ** 3, wide, views.box, pixel)
+        where = (2 * blurred / (EDGE * blurred.max().clamp(min=1e-12)) - 1).clamp(0, 1)
+        return Part(torch.stack([transform.real, transform.imag]), where, views.box)
+
+    def drawn(self, volume: Tensor) -> Part:
+        """The same part as a map (box, box, box) in its frame shows it."""
+        fine = FINER * self.box
+        around = [(fine - self.box) // 2] * 6
+        padded = torch.nn.functional.pad(volume * self.where / insertion.gridding(self.box, fine, volume.dtype), around)
+        transform = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(padded)))
+        both = torch.stack([transform.real, transform.imag])
+        return replace(self, transform=torch.nn.functional.pad(both, [0, 1] * 3))  # frequency box / 2 is beyond the last shell
 
     def at(self, k: Tensor) -> Tensor:
         """Its transform (...) at frequencies k (..., 3)."""
@@ -153,18 +171,26 @@ def add(
     kernel.insert(numerator, weight, grid[0], grid[1].real, rotation, which)
 
 
-def in_frame(views: Views, pose: Pose) -> Tensor:
-    """Map (box, box, box), up to a factor that is the same for all parts, of all images where a part is there, in its frame: its motion
-    undone and its centre in the middle.  What does not move with it is smeared."""
-    numerator, weight = insertion.accumulators(1, views.box, 1)
+def remainders(views: Views, others: Sequence[tuple[Part, Pose]]) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, ``BATCH`` at a time, and their slices (b, m) less what ``others`` show of them."""
     for start in range(0, len(views.shape), BATCH):
         rows = slice(start, start + BATCH)
-        shape, there = views.shape[rows], pose.there[views.shape[rows], None]
-        slices, weights = views.slices[rows] * there, views.transfer[rows] ** 2 * there
-        turned = views.rotation[rows] @ pose.rotation[shape]
-        add(views, rows, slices, weights, pose.centre[shape], turned, torch.zeros_like(shape), numerator, weight)
-    whole = insertion.reconstruct(numerator[0], weight[0], views.box, 1.0)
-    return fourier.apply_radial(whole, (torch.arange(views.box // 2 + 1) <= DRAWN).float(), 3)
+        left = views.slices[rows]
+        for part, pose in others:
+            left = left - views.transfer[rows] ** 2 * predicted(views, rows, part, pose)
+        yield rows, left
+
+
+def in_frame(views: Views, pose: Pose, others: Sequence[tuple[Part, Pose]] = ()) -> Tensor:
+    """Map (box, box, box) of all images where a part is there, in its frame: its motion undone and its centre in the middle.  What does
+    not move with it is smeared, or taken away with ``others``."""
+    numerator, weight = insertion.accumulators(1, views.box, 1)
+    for rows, left in remainders(views, others):
+        shape = views.shape[rows]
+        there, turned, one = pose.there[shape, None], views.rotation[rows] @ pose.rotation[shape], torch.zeros_like(shape)
+        add(views, rows, left * there, views.transfer[rows] ** 2 * there, pose.centre[shape], turned, one, numerator, weight)
+    numerator, weight = insertion.complete(numerator, weight)
+    return fourier.irfft(numerator[0] / (weight[0] + 1), 3) / insertion.gridding(views.box, views.box, torch.float32)
 
 
 def read(volume: Tensor, place: Tensor, field: float) -> Tensor:
@@ -190,13 +216,9 @@ class Sums:
     def of(views: Views, shapes: int, origin: Tensor, others: list[tuple[Part, Pose]]) -> Sums:
         box = views.box
         numerator, weight = insertion.accumulators(shapes, box, 1)
-        for start in range(0, len(views.shape), BATCH):
-            rows = slice(start, start + BATCH)
-            shape, transfer = views.shape[rows], views.transfer[rows]
-            left = views.slices[rows]
-            for part, pose in others:
-                left = left - transfer**2 * predicted(views, rows, part, pose)
-            add(views, rows, left, transfer**2, origin[shape], views.rotation[rows], shape, numerator, weight)
+        for rows, left in remainders(views, others):
+            shape = views.shape[rows]
+            add(views, rows, left, views.transfer[rows] ** 2, origin[shape], views.rotation[rows], shape, numerator, weight)
         numerator, weight = insertion.complete(numerator, weight)
         # Spreading over the lattice has faded the density away from the origin.
         numerator = fourier.rfft(fourier.irfft(numerator, 3) / insertion.gridding(box, box, torch.float32), 3)
@@ -226,7 +248,8 @@ def gain(cross: Tensor, norm: Tensor) -> Tensor:
 
 
 def search(sums: Sums, part: Part, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """The ``TAKEN`` best of ``turns`` (T, 3, 3), each at the offset that suits it best, for each shape: (TAKEN, K, 3, 3), (TAKEN, K, 3)."""
+    """The ``TAKEN`` best of ``turns`` (T, 3, 3), ``APART`` from each other, each at the offset that suits it best, for each shape:
+    (TAKEN, K, 3, 3), (TAKEN, K, 3)."""
     low = sums.within(COARSE)
     side = 3 * COARSE  # points of the search along an axis
     value = part.at(low.k @ turns)  # (T, L)
@@ -234,13 +257,17 @@ def search(sums: Sums, part: Part, turns: Tensor) -> tuple[Tensor, Tensor]:
     x, y, z = low.k.long().T
     both = torch.where(x > 0, 1.0, 2.0)
     rotations, offsets = [], []
+    alike = angle_between(turns[:, None], turns) < APART
     far = torch.fft.ifftshift(fourier.radius(side, 3)) > FAR * side
     for n, w in zip(low.numerator, norm, strict=True):
         spectrum = torch.zeros(len(turns), side, side, side // 2 + 1, dtype=torch.complex64)
         spectrum[:, z, y, x] = n * both * value.conj()
         found = torch.fft.irfftn(spectrum, (side,) * 3, norm="forward") / 2
         cross, at = found.masked_fill(far, -torch.inf).flatten(1).max(1)
-        best = gain(cross, w).topk(min(TAKEN, len(turns))).indices
+        left, best = gain(cross, w), []
+        for _ in range(TAKEN):
+            best.append(int(left.argmax()))
+            left = left.masked_fill(alike[best[-1]], -torch.inf)
         place = torch.stack(torch.unravel_index(at[best], (side,) * 3)[::-1], 1)
         rotations.append(turns[best])
         offsets.append(((place + side // 2) % side - side // 2) * (sums.field / side))

@@ -2,14 +2,16 @@
 
 Features give many small fragments, alike inside. Fragments are joined to parts by physics: as long as the whole still is, at every
 shape that the latents know, there as one rigid body or absent (``maths.rigid``). An arm that is drawn by other Gaussians wherever
-it stands is one part then, though no two of them have near features.  Where parts are at those shapes, the images tell (``docking``),
-and then which part every Gaussian belongs to: the one in whose frame the images, its motion undone, show most where the Gaussian is.
+it stands is one part then, though no two of them have near features.  Where parts are at those shapes, the images tell, and what they
+look like, with which they are docked again (``docking``); and then which part every Gaussian belongs to: the one in whose frame the
+images, its motion undone, show most where the Gaussian is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
 from cryospire.kernels import render_volume
 from cryospire.log import Progress, say
-from cryospire.maths import rigid
+from cryospire.maths import fourier, rigid
 from cryospire.maths.poses import angle_between
 from cryospire.stages import docking
 from cryospire.stages.docking import Pose
@@ -45,11 +47,13 @@ POSES, LEAST = 64, 32  # and along which parts are followed: at most, and partic
 # Of all that changes, above which fragments are not joined: eight simulated sets lost 0.13 or more below the true number, at most 0.09
 # above it, but for a part that was not recognised somewhere (0.62), which the images tell.
 LOSS = 0.1
-ROUNDS = 2  # of docking, over which parts learn from each other
+# Rounds of docking, in which parts are drawn anew and learn from each other: until less than a share of the particles has a part that is
+# turned otherwise, but no fewer and no more than.
+AGREED, FEWEST, ROUNDS = 0.01, 2, 6
 CLEARER = 1.2  # times as much density, for which a Gaussian goes to another part
 LEFT = 0.02  # of the mass, below which a part may not fall by that
 FAINT = 0.1  # of the mass, below which a part may be another one that was not recognised somewhere
-ELSEWHERE = 30.0  # degrees from where stage 1 had a part
+ELSEWHERE = 10.0  # degrees from where a part was before
 NEAR = 0.04  # fraction of the Gaussians over which a feature is averaged
 
 
@@ -70,14 +74,14 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
     full_mass = np.abs(stores.read(group, "gaussians/amplitude")) * stores.read(group, "gaussians/scale") ** 3
     feature = near_mean(stores.read(group, "gaussians/feature"), position, full_mass)
     fragments, most = min(max(FRAGMENTS, settings.parts), len(feature)), settings.parts or settings.max_parts
-    progress = Progress("parts", fragments - 1 + most * (1 + ROUNDS), "steps", output.parent / "logs" / "parts.metrics.jsonl")
+    progress = Progress("parts", fragments - 1 + most * (1 + FEWEST), "steps", output.parent / "logs" / "parts.metrics.jsonl")
     with progress:
         with threadpool_limits(1):  # a thousand points: starting threads would take longer than the work
             fragment = torch.from_numpy(cluster(feature, full_mass, fragments, int(rng.integers(2**31))))
             few = shapes(model, latents, SHAPES, int(rng.integers(2**31)))
             levels, losses = rigid.merge(few, fragment, lambda: progress.advance(1, "fragments joined"))
             chosen = min(settings.parts or suggest(losses, settings.max_parts), max(levels))
-            progress.total = len(levels) - 1 + chosen * (1 if settings.random else 1 + ROUNDS)
+            progress.total = len(levels) - 1 + chosen * (1 if settings.random else 1 + FEWEST)
             path = shapes(model, latents, min(POSES, max(SHAPES, len(latents) // LEAST)), int(rng.integers(2**31)))
             mean_mass = (path.share @ path.mass).numpy()
             labels = by_mass(rng.integers(chosen, size=len(feature)) if settings.random else levels[chosen].numpy(), mean_mass)
@@ -88,9 +92,13 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
         division = Division.of(model, path, labels, bodies)
         if not settings.random:
             views = docking.Views.of(data, rows, torch.from_numpy(latents).float(), path.latent)
-            for _ in range(ROUNDS):
-                division = division.docked(views, path, not settings.parts, lambda: progress.advance(1, "part docked into the images"))
-            division = division.settled(model, views, path)  # not docked again: parts drawn anew were turned half round at whole states
+            turned, rounds = 1.0, 0
+            while rounds < FEWEST or (turned > AGREED and rounds < ROUNDS):
+                progress.total += len(division.poses) if rounds >= FEWEST else 0
+                done = partial(progress.advance, 1, "part docked into the images")
+                division, turned = division.docked(views, path, not settings.parts, done)
+                rounds += 1
+            division = division.settled(model, views, path)
         with threadpool_limits(1):
             anchors = max(settings.anchors, len(division.poses))
             places = divide(division.label, division.position, division.mass, anchors, int(rng.integers(2**31)))
@@ -120,7 +128,8 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
 @dataclass(frozen=True)
 class Division:
     """Coarse Gaussians in parts: ``label`` (G,), heaviest first; each drawn as it is at the reference shape of its part, at ``position``
-    (G, 3), Å, with ``amplitude`` (G,) and ``scale`` (G,), Å; and the ``poses`` of the parts at K shapes."""
+    (G, 3), Å, with ``amplitude`` (G,) and ``scale`` (G,), Å; the ``poses`` of the parts at K shapes; and the parts as they are
+    ``seen`` in the images, once they have been."""
 
     label: Array
     position: Array
@@ -128,6 +137,7 @@ class Division:
     scale: Array
     reference: list[int]
     poses: list[Pose]
+    seen: list[docking.Part] = field(default_factory=list)
 
     @staticmethod
     def drawn(model: Mixture, path: rigid.Shapes, label: Array, reference: list[int]) -> Division:
@@ -162,12 +172,12 @@ class Division:
         """Angles (K,), degrees, by which a part is turned from its reference shape, and ways (K,), Å, that its centre has gone."""
         return angle_between(torch.eye(3), self.poses[k].rotation), (self.poses[k].centre - self.middle(k)).norm(dim=1)
 
-    def docked(self, views: docking.Views, path: rigid.Shapes, doubtful: bool, done: Callable[[], None]) -> Division:
-        """With every part where the images say that it is; what is faint, and ``doubtful`` for that, goes to its neighbours if it is not
-        found in them."""
+    def docked(self, views: docking.Views, path: rigid.Shapes, doubtful: bool, done: Callable[[], None]) -> tuple[Division, float]:
+        """With every part where the images say that it is, and as they show it there; and the greatest share of the particles in which
+        one is turned otherwise than before.  What is faint, and ``doubtful`` for that, goes to its neighbours if it is not found."""
         position, amplitude, scale = (torch.from_numpy(a).float() for a in (self.position, self.amplitude, self.scale))
         own = [self.label == k for k in range(len(self.poses))]
-        parts = [docking.Part.of(views, position[m] - self.middle(k), amplitude[m], scale[m]) for k, m in enumerate(own)]
+        parts = self.seen or [docking.Part.of(views, position[m] - self.middle(k), amplitude[m], scale[m]) for k, m in enumerate(own)]
         mean_mass = path.share @ path.mass
         light = [bool(mean_mass[torch.from_numpy(m)].sum() < FAINT * mean_mass.sum()) for m in own]
         # What the particles were aligned by is there, does not move and is not light.
@@ -175,44 +185,56 @@ class Division:
         still = int(np.argmin(np.add(away, np.multiply(light, views.field))))
         faint = [few and k != still for k, few in enumerate(light)]
         poses, real = docking.dock(views, parts, self.poses, faint, doubtful, still, path.near, done)
+        most = 0.0
         for k, (old, new) in enumerate(zip(self.poses, poses, strict=True)):
             if real[k]:
                 there, way = old.there & new.there, (old.centre - new.centre).norm(dim=1)
                 turned = float((path.share * there * (angle_between(old.rotation, new.rotation) > ELSEWHERE)).sum())
                 moved = float(way[there].median()) if there.any() else 0.0
+                most = max(most, turned)
                 say(f"parts: by the images part {k + 1} is turned otherwise in {turned:.0%} of particles, and moved by {moved:.0f} Å")
             else:
                 say(f"parts: part {k + 1} is not in the images where it was drawn, other parts are; it is none")
         kept = np.array(real)[self.label]
         nearest = cKDTree(self.position[kept]).query(self.position)[1]
         label = (np.cumsum(real) - 1).astype(np.int32)[self.label[kept][nearest]]
-        poses, reference = [poses[k] for k, r in enumerate(real) if r], [self.reference[k] for k, r in enumerate(real) if r]
-        return replace(self, label=label, amplitude=np.where(kept, self.amplitude, 0), reference=reference, poses=poses)
+        chosen = [k for k, r in enumerate(real) if r]
+        seen = []
+        for k in chosen:
+            others = [(parts[q], poses[q]) for q in chosen if q != k]
+            seen.append(parts[k].drawn(docking.in_frame(views, poses[k], others)))
+        new_amplitude, reference = np.where(kept, self.amplitude, 0), [self.reference[k] for k in chosen]
+        drawn = replace(self, label=label, amplitude=new_amplitude, reference=reference, poses=[poses[k] for k in chosen], seen=seen)
+        return drawn, most
 
     def settled(self, model: Mixture, views: docking.Views, path: rigid.Shapes) -> Division:
         """With every Gaussian in the part in whose frame the images show most where it is, averaged over its mass at all shapes and its
-        neighbours in space; drawn anew, heaviest first."""
+        neighbours in space; drawn anew, each part at the shape at which it is most and most as they show it, heaviest first."""
         mass, centre = path.mass * path.share[:, None], path.centre * model.pixel_size
-        density = []
-        for pose in self.poses:
+        density, reference = [], []
+        sharp = (torch.arange(views.box // 2 + 1) <= docking.DRAWN).float()
+        for k, pose in enumerate(self.poses):
             place = (centre - pose.centre[:, None]) @ pose.rotation  # in the part's frame
-            found = docking.read(docking.in_frame(views, pose), place, views.field) * pose.there[:, None]
+            whole = fourier.apply_radial(docking.in_frame(views, pose), sharp, 3)
+            found = docking.read(whole, place, views.field) * pose.there[:, None]
             density.append(((mass * found).sum(0) / mass.sum(0).clamp(min=1e-12)).clamp(min=0))
+            reference.append(int((path.mass * found)[:, torch.from_numpy(self.label == k)].sum(1).argmax()))
         own, mean_mass = np.arange(len(self.label)), mass.sum(0).numpy()
         score = near_mean(torch.stack(density, 1).numpy(), centre[path.share.argmax()].numpy(), mean_mass)
         score[own, self.label] *= CLEARER
         label = score.argmax(1).astype(np.int32)
-        drawn = Division.drawn(model, path, label, self.reference)
-        left, before = (np.bincount(d.label, d.mass, len(self.poses)) for d in (drawn, self))
-        if np.any((left < LEFT * left.sum()) & (left < before)):
+        drawn, before = (Division.drawn(model, path, labels, reference) for labels in (label, self.label))
+        left, had = (np.bincount(d.label, d.mass, len(self.poses)) for d in (drawn, before))
+        if np.any((left < LEFT * left.sum()) & (left < had)):
             say("parts: the images do not tell which part every Gaussian belongs to; they stay as stage 1 has them")
-            return self
+            drawn, left = before, had
+        say(f"parts: by the images {mean_mass[drawn.label != self.label].sum() / mean_mass.sum():.0%} of the mass belongs to another part")
         order = np.argsort(-left, kind="stable")
-        drawn = replace(drawn, label=np.argsort(order).astype(np.int32)[label], reference=[self.reference[k] for k in order])
+        drawn = replace(drawn, label=np.argsort(order).astype(np.int32)[drawn.label], reference=[reference[k] for k in order])
         for k, old in enumerate(order):
-            pose = self.poses[old]
-            drawn.poses.append(replace(pose, centre=pose.rotation @ (drawn.middle(k) - self.middle(old)) + pose.centre))
-        say(f"parts: by the images {mean_mass[label != self.label].sum() / mean_mass.sum():.0%} of the mass belongs to another part")
+            pose, start = self.poses[old], reference[old]
+            rotation = pose.rotation @ pose.rotation[start].T
+            drawn.poses.append(Pose(rotation, rotation @ (drawn.middle(k) - pose.centre[start]) + pose.centre, pose.strength))
         return drawn
 
 

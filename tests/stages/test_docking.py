@@ -1,6 +1,6 @@
 """Docking: what it compares is the log-likelihood of images, and planted parts are found where they are, however wrong the start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 import seen
 import torch
 
+from cryospire.kernels import render_volume
 from cryospire.maths import fourier, projection
 from cryospire.maths.poses import angle_between, even_rotations, exp_so3, random_rotations
 from cryospire.stages import docking
@@ -95,6 +96,51 @@ def test_a_part_is_the_transform_of_its_projection(world: World) -> None:
         expected = fourier.rfft(plain)[:, ky, kx] / BOX
         found = part.at(world.views.points.float() @ rotation[:, :2])
         assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+def test_a_map_of_a_part_is_drawn_as_its_gaussians_are(world: World) -> None:
+    """The density of a cloud, in voxels, has the transform that the cloud has written down; what lies beside the part is cut off."""
+    for body, part in zip(world.bodies, world.parts, strict=True):
+        density = render_volume(body, torch.full((len(body),), PEAK), SCALE[: len(body)], BOX, PIXEL)
+        beside = render_volume(torch.tensor([[-80.0, -80, 0]]), torch.tensor([PEAK]), SCALE[:1], BOX, PIXEL)
+        drawn = part.drawn((density + beside) * PIXEL**3 / world.views.unit)
+        assert float((drawn.transform - part.transform).norm() / part.transform.norm()) < 0.03
+
+
+def test_the_images_draw_a_part(world: World) -> None:
+    """A part of which stage 1 has a quarter of the Gaussians, and these too wide, is drawn by the images as it is; of the body nothing
+    gets in, whose place the arm takes in turn."""
+    still, true = world.truth
+    body, arm = world.bodies[1][::4], world.parts[1]
+    wide = torch.full((len(body),), 1.5 * float(SCALE[0]))
+    poor = docking.Part.of(world.views, body, torch.full((len(body),), PEAK / 1.5**3 * 4), wide)
+    poor = replace(poor, where=arm.where)
+
+    def off(part: docking.Part) -> float:
+        low = world.views.points[world.views.points.square().sum(1) < 10**2]
+        k = low.float() @ random_rotations(20, torch.Generator().manual_seed(0))[:, :2].float()
+        return float((part.at(k) - arm.at(k)).abs().square().sum().sqrt() / arm.at(k).abs().square().sum().sqrt())
+
+    seen_arm = poor.drawn(docking.in_frame(world.views, true, [(world.parts[0], still)]))
+    assert off(poor) > 0.3 and off(seen_arm) < 0.2
+
+
+def test_a_half_turn_is_told_by_the_images_of_all_shapes(world: World) -> None:
+    """The arm is drawn so that a half turn changes nothing, and turned by one at a shape; drawn as all images show it, it is put right."""
+    still, true = world.truth
+    flip = torch.diag(torch.tensor([-1.0, -1, 1]))
+    both = torch.cat([world.bodies[1], world.bodies[1] @ flip])
+    alike = docking.Part.of(world.views, both, torch.full((len(both),), PEAK / 2), torch.full((len(both),), float(SCALE[0])))
+    rotation = true.rotation.clone()
+    rotation[3] = rotation[3] @ flip
+    parts, poses = [world.parts[0], alike], [still, replace(true, rotation=rotation)]
+    for drawn_anew in (False, True):
+        if drawn_anew:
+            parts[1] = alike.drawn(docking.in_frame(world.views, poses[1], [(parts[0], poses[0])]))
+        poses, _ = docking.dock(world.views, parts, poses, [False, False], True, 0, by_number(SHAPES))
+        frame = true.rotation[:5].mT @ poses[1].rotation[:5]  # the same at all shapes, but for what is wrong
+        off = angle_between(frame, frame[0])
+        assert (float(off.max()) < 12) == drawn_anew
 
 
 def test_sums_hold_the_log_likelihood_of_the_images(world: World) -> None:

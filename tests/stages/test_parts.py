@@ -25,6 +25,7 @@ BOX, PIXEL, G, IMAGES = 32, 4.0, 240, 800
 
 
 HOME = torch.tensor([[-22.0, 0, 0], [20, 14, 0], [16, -20, 8]])
+SPREAD = np.array([[5.0, 5, 5], [9, 4, 4], [5, 5, 5]])  # what swings is long: of a ball, no image tells the turn
 
 
 def true_shape(centre: torch.Tensor, truth: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +43,7 @@ def planted(seed: int = 0) -> tuple[mixtures.Mixture, np.ndarray]:
     torch.manual_seed(seed)
     truth = np.repeat([0, 1, 2], [120, 80, 40])
     model = mixtures.Mixture(Discover(gaussians=G, latent=2, features=6), 2, 6, G, BOX, PIXEL)
-    centre = HOME[truth] + torch.from_numpy(rng.normal(0, 5, (G, 3))).float()
+    centre = HOME[truth] + torch.from_numpy(rng.normal(0, SPREAD[truth])).float()
     model.place(centre, torch.full((G,), 6.0), torch.full((G,), 0.03))
     with torch.no_grad():
         model.feature.copy_(torch.from_numpy(np.eye(6)[truth] + rng.normal(0, 0.2, (G, 6))))
@@ -118,6 +119,12 @@ def test_where_parts_are_is_told(discovery, divided) -> None:  # type: ignore[no
     assert np.array_equal(present[order[2]][clear], z[clear, 1] > 0)
 
 
+def from_the_first(division: parts.Division, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotations (K, 3, 3) and translations (K, 3), Å, of a part from where it is at the first shape."""
+    rotation = division.poses[k].rotation @ division.poses[k].rotation[0].T
+    return rotation, division.translation(k) - division.translation(k)[0] @ rotation.mT
+
+
 def test_the_images_put_gaussians_right(discovery) -> None:  # type: ignore[no-untyped-def]
     """A fifth of the Gaussians start in a part drawn by lot; parts are where they are."""
     path, truth = discovery
@@ -134,9 +141,10 @@ def test_the_images_put_gaussians_right(discovery) -> None:  # type: ignore[no-u
     views = docking.Views.of(data, np.arange(IMAGES), torch.from_numpy(z), known.latent)
     settled = wrong.settled(model, views, known)
     assert adjusted_rand_score(truth, settled.label) > 0.95
-    for k, pose in enumerate(settled.poses):  # and what carries them is what it was
-        assert torch.equal(pose.rotation, right.poses[k].rotation)
-        torch.testing.assert_close(settled.translation(k), right.translation(k), rtol=0, atol=0.05)
+    for k, pose in enumerate(settled.poses):  # and what carries them from one shape to another is what it was
+        torch.testing.assert_close(pose.rotation[settled.reference[k]], torch.eye(3), rtol=0, atol=1e-5)
+        for new, old in zip(from_the_first(settled, k), from_the_first(right, k), strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=0.05)
 
 
 def test_what_is_rarely_there_does_not_rest(discovery, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
