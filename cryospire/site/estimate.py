@@ -172,7 +172,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         seconds = settings.epochs * n * flop_of_image(settings, b) / (rate * 1e9 * tasks)
         disk = 3 * n * 1e-4 + settings.gaussians * 2e-3
     elif stage == "parts":
-        memory, seconds = 1400 + 1300 * image_mb + n * 3e-4, 60 + 60 * most_parts(config) + n * 1e-5
+        memory, seconds = 1400 + 1300 * image_mb + n * 3e-4, 60 + 120 * most_parts(config) + n * 1e-5
     elif stage == "analyse":
         memory, seconds, disk = 1000 + n * 4e-3, 120 + n * 3e-3, n * 1e-4
     elif stage == "reconstruct":
