@@ -91,8 +91,8 @@ def _slice(box: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A part in its own frame, about its centre of mass: its ``transform`` (2, n, n, n), real and imaginary, as [kz, ky, kx], and the
-    soft mask ``where`` (box, box, box) it lies."""
+    """A part in its own frame, about its centre of mass: its ``transform`` (2, n, n, n), real and imaginary, as [kz, ky, kx], and
+    ``where`` it lies, a soft mask (box, box, box) from 0 to 1 as [z, y, x]."""
 
     transform: Tensor
     where: Tensor
@@ -116,7 +116,7 @@ class Part:
         return Part(torch.stack([transform.real, transform.imag]), where, views.box)
 
     def drawn(self, volume: Tensor) -> Part:
-        """The same part as a map (box, box, box) in its frame shows it."""
+        """The same part as a map (box, box, box), [z, y, x], in its frame shows it, in the units of ``in_frame``."""
         fine = FINER * self.box
         around = [(fine - self.box) // 2] * 6
         padded = torch.nn.functional.pad(volume * self.where / insertion.gridding(self.box, fine, volume.dtype), around)
@@ -182,8 +182,11 @@ def remainders(views: Views, others: Sequence[tuple[Part, Pose]]) -> Iterator[tu
 
 
 def in_frame(views: Views, pose: Pose, others: Sequence[tuple[Part, Pose]] = ()) -> Tensor:
-    """Map (box, box, box) of all images where a part is there, in its frame: its motion undone and its centre in the middle.  What does
-    not move with it is smeared, or taken away with ``others``."""
+    """Map (box, box, box), [z, y, x], of all images where a part is there, in its frame: its motion undone and its centre in the middle;
+    its transform is in the units of the slices.  What does not move with it is smeared, or taken away with ``others``.
+
+    Least squares, each coefficient held to 0 as much as one image without CTF would hold it: where no image looks, nothing is made up.
+    """
     numerator, weight = insertion.accumulators(1, views.box, 1)
     for rows, left in remainders(views, others):
         shape = views.shape[rows]

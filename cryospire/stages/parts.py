@@ -92,12 +92,13 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
         division = Division.of(model, path, labels, bodies)
         if not settings.random:
             views = docking.Views.of(data, rows, torch.from_numpy(latents).float(), path.latent)
-            turned, rounds = 1.0, 0
-            while rounds < FEWEST or (turned > AGREED and rounds < ROUNDS):
-                progress.total += len(division.poses) if rounds >= FEWEST else 0
-                done = partial(progress.advance, 1, "part docked into the images")
+            done = partial(progress.advance, 1, "part docked into the images")
+            for rounds in range(1, ROUNDS + 1):
                 division, turned = division.docked(views, path, not settings.parts, done)
-                rounds += 1
+                if rounds >= FEWEST:
+                    if turned <= AGREED:
+                        break
+                    progress.total += len(division.poses) if rounds < ROUNDS else 0
             division = division.settled(model, views, path)
         with threadpool_limits(1):
             anchors = max(settings.anchors, len(division.poses))
@@ -228,7 +229,8 @@ class Division:
         if np.any((left < LEFT * left.sum()) & (left < had)):
             say("parts: the images do not tell which part every Gaussian belongs to; they stay as stage 1 has them")
             drawn, left = before, had
-        say(f"parts: by the images {mean_mass[drawn.label != self.label].sum() / mean_mass.sum():.0%} of the mass belongs to another part")
+        else:
+            say(f"parts: by the images {mean_mass[label != self.label].sum() / mean_mass.sum():.0%} of the mass belongs to another part")
         order = np.argsort(-left, kind="stable")
         drawn = replace(drawn, label=np.argsort(order).astype(np.int32)[drawn.label], reference=[reference[k] for k in order])
         for k, old in enumerate(order):
