@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cryospire.conventions import InputError
 
+OPERATIONAL = {"workers", "checkpoint_minutes", "memory_mib"}  # change how a stage runs, not what it writes
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

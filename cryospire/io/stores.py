@@ -87,10 +87,15 @@ def check_replaceable(path: Path, schema: str, *, config: Mapping[str, Any], for
     if attrs.get("schema") != f"cryospire.{schema}":
         raise InputError(f"{path}: holds schema {attrs.get('schema')!r}, not cryospire.{schema}; choose another output")
     if attrs.get("complete"):
-        old: Any = attrs.get("config") or {}
-        changed = sorted(k for k in {*old, *config} if old.get(k) != config.get(k))
+        changed = differing(attrs, config)
         what = f"was made with another config ({', '.join(changed)} differ)" if changed else "is already complete"
         raise InputError(f"{path}: {what}; pass --force to replace it")
+
+
+def differing(attributes: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that a store with these attributes was made with another value of."""
+    old = attributes.get("config") or {}
+    return sorted(k for k in {*old, *config} if old.get(k) != config.get(k))
 
 
 def put(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cryospire.config import OPERATIONAL, Config, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import duration
@@ -104,6 +105,26 @@ def read(results: Path) -> list[Stage]:
 def halves(results: Path) -> list[Path]:
     """Folders of the trainings on half-sets, where there are any."""
     return [path for path in (results / "half1", results / "half2") if path.is_dir()]
+
+
+def altered(config: Config) -> dict[str, list[str]]:
+    """Complete stores that were made with other settings or another seed than the config's: rule -> what differs.
+
+    Snakemake reruns a stage whose parameters changed if it has a record of them; of a job that ended while it was dead it has none.
+    """
+    found = {}
+    for k, folder in enumerate((config.output, config.output / "half1", config.output / "half2")):
+        for stage in estimate.OF_HALVES if k else STAGES:
+            target = folder / STAGES[stage]
+            if target.suffix == ".zarr" and finished(target):
+                own = section(getattr(config, stage)) if hasattr(config, stage) else {}
+                attributes = stores.open_partial(target).attrs
+                differ = [key for key in stores.differing(attributes, own) if key not in OPERATIONAL]
+                if attributes["seed"] != config.seed + k * (stage != "parts"):
+                    differ.append("seed")
+                if differ:
+                    found[f"{stage}_half" if k else stage] = differ
+    return found
 
 
 def cells(stage: Stage) -> list[str]:

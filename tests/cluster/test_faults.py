@@ -222,6 +222,9 @@ def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: 
     assert submissions(slurm, job) == [job]
     same(run, undisturbed)
     assert "Nothing to be done" in ends_well(run, snakemake())
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("gaussians: ", "gaussians: 1"))
+    assert "discover was run with other settings (gaussians)" in ends_well(run, snakemake("--dry-run"))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cryospire.config import Config, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import Progress
@@ -47,6 +48,25 @@ def test_trainings_on_half_sets_are_shown(tmp_path: Path, capsys: pytest.Capture
     assert found["train half2"] == "running" and found["train"] == found["discover half2"] == "waiting" and "train half1" not in found
     status.run(tmp_path)
     assert "212.500" in capsys.readouterr().out
+
+
+def test_stores_made_with_other_settings_are_named(tmp_path: Path) -> None:
+    """Also those of half-sets, whose trainings have seeds of their own; not unfinished ones, nor for what changes no result."""
+    config = Config.model_validate({"particles": "p.star", "output": tmp_path, "seed": 3})
+
+    def write(name: str, seed: int, settings: dict[str, object], whole: bool = True) -> None:
+        group = stores.create(tmp_path / name, Path(name).stem, config=settings, seed=seed, inputs={}, pixel_size=1, box=16)
+        if whole:
+            stores.finish(group)
+
+    write("discovery.zarr", 3, section(config.discover) | {"memory_mib": 64})
+    write("parts.zarr", 3, section(config.parts) | {"anchors": 7, "max_parts": 3})
+    write("model.zarr", 3, section(config.train) | {"epochs": 2}, whole=False)
+    write("reconstruction.zarr", 4, {})
+    write("half2/discovery.zarr", 5, section(config.discover))
+    write("half2/parts.zarr", 3, section(config.parts))
+    write("half2/model.zarr", 5, section(config.train) | {"lr": 1.0})
+    assert status.altered(config) == {"parts": ["anchors", "max_parts"], "reconstruct": ["seed"], "train_half": ["lr"]}
 
 
 def test_a_long_first_epoch_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,12 @@ from cryospire import config as configuration
 from cryospire.conventions import InputError
 from cryospire.site import estimate, lock
 from cryospire.site import settings as site_settings
+from cryospire.stages import status
 
 min_version("9.0")
 
 # `cryospire`, `mpiexec` and `torchrun` of the environment that runs Snakemake, in jobs as well.
 shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
-
-OPERATIONAL = {"workers", "checkpoint_minutes", "memory_mib"}  # change how a stage runs, not what it writes
 
 
 def checked_config():
@@ -63,7 +62,7 @@ def depends(*keys):
     values = CONFIG.model_dump(mode="json", include={*keys, "seed"})
     for key, value in values.items():
         if isinstance(value, dict):
-            values[key] = {k: v for k, v in value.items() if k not in OPERATIONAL}
+            values[key] = {k: v for k, v in value.items() if k not in configuration.OPERATIONAL}
     return json.dumps(values, sort_keys=True)
 
 
@@ -143,6 +142,9 @@ def mpi(wildcards, threads, resources):
 if workflow.is_main_process:
     without = {name for name, there in (("simulate", CONFIG.simulate), ("evaluate", TRUTH)) if there is None}
     print(estimate.summary(CONFIG, without, DATA, SITE, THREADS), file=sys.stderr)
+    for rule_name, settings in status.altered(CONFIG).items():
+        words = f"{rule_name} was run with other settings ({', '.join(settings)})"
+        print(f"  {words}; if it is not among the jobs, Snakemake has no record of that run: --forcerun {rule_name}", file=sys.stderr)
 
 
 onstart:
