@@ -31,7 +31,7 @@ from cryospire.stages.evaluate import fsc_of_differences, render_states, summary
 from cryospire.stages.evaluate_model import LIGHT, assign
 from cryospire.training.model import Mixture, load, load_latents
 
-NEAREST = 100  # particles of a half-set whose mean latent shows a state
+NEAREST = 100  # particles of a half-set, at most half of a state's, whose mean latent shows it
 THRESHOLD = 0.143  # FSC of independent halves at the resolution (Rosenthal & Henderson 2003)
 FEW = 4  # Gaussians below which a part is missing from a half
 THERE = 0.5  # occupancy, of the most that a part reaches, above which its motion is compared
@@ -71,13 +71,13 @@ def run(config: Config, *, model: Path, analysis: Path, half1: Path, half2: Path
     """model.zarr, analysis.zarr and the model.zarr of either half-set -> validation.json, a .png, and a folder of half-maps of states."""
     found = stores.open_store(analysis, "analysis")
     stores.check_made_from(found, "model", model, "analyse")
-    states = torch.from_numpy(stores.read(found, "states/latent"))
+    states, weight = (torch.from_numpy(stores.read(found, f"states/{name}")) for name in ("latent", "weight"))
     if config.threads:
         kernels.set_threads(config.threads)
     whole = Seen.load(model, states)
     say(f"validate: {len(states)} states in two models, each of one half-set alone")
     with Progress("validate", 4, "steps", output.parent / "logs" / "validate.metrics.jsonl", every=math.inf) as progress:
-        halves = [Seen.load(path, shown_at(path, model, states, k + 1)) for k, path in enumerate((half1, half2))]
+        halves = [Seen.load(path, shown_at(path, model, states, weight, k + 1)) for k, path in enumerate((half1, half2))]
         volumes = torch.stack([render_states(half.mixture, half.latent) for half in halves])
         progress.advance(1, "volumes")
         box, pixel_size = whole.mixture.box, whole.mixture.pixel_size
@@ -97,15 +97,19 @@ def run(config: Config, *, model: Path, analysis: Path, half1: Path, half2: Path
     output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def shown_at(path: Path, model: Path, states: Tensor, half: int) -> Tensor:
-    """Latents (S, D) at which a half's model shows the states: means over its particles nearest to each in the whole model."""
+def shown_at(path: Path, model: Path, states: Tensor, weight: Tensor, half: int) -> Tensor:
+    """Latents (S, D) at which a half's model shows the states: means over its particles nearest to each in the whole model.
+
+    ``weight`` (S,): share of the particles that is in each state; few are taken of a rare one, lest its neighbours be mixed in.
+    """
     group = stores.open_store(path, "model")
     if set(np.unique(stores.read(group, "half_set")).tolist()) != {half}:
         raise InputError(f"{path}: not trained on half-set {half} alone; run its stages with --half {half}")
     own = torch.from_numpy(stores.read(group, "latents"))
     there = load_latents(model, stores.read(group, "id"))
     near = torch.cdist(states, there).topk(min(NEAREST, len(there)), largest=False).indices
-    return own[near].mean(1)
+    taken = (weight * len(there) / 2).round().long().clamp(1, near.shape[1])
+    return torch.stack([own[rows[:n]].mean(0) for rows, n in zip(near, taken, strict=True)])
 
 
 def agreement(volumes: Tensor, mask: Tensor, pixel_size: float) -> dict[str, Any]:

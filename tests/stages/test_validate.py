@@ -55,6 +55,15 @@ def compare(tmp_path: Path, synthetic: SimpleNamespace) -> Callable[..., dict]:
     return run
 
 
+def test_a_rare_state_is_shown_by_its_own_particles(tmp_path: Path, synthetic: SimpleNamespace) -> None:
+    label = np.minimum(np.arange(900) // 2 % 150, 2)  # of each half, 3 particles in states 0 and 1
+    whole = synthetic.write_model(tmp_path / "model.zarr", PLACES[label])
+    half = write_half(tmp_path / "half1.zarr", synthetic, 1, PLACES[label], synthetic.two_part_mixture(), np.arange(2))
+    weight = torch.bincount(torch.from_numpy(label)) / len(label)
+    shown = validate.shown_at(half, whole, torch.from_numpy(PLACES).float(), weight, 1)
+    torch.testing.assert_close(shown, torch.from_numpy(PLACES).float())
+
+
 def test_equal_halves_agree_in_everything(compare: Callable[..., dict], tmp_path: Path) -> None:
     found = compare(PLACES, PLACES)
     for kind in ("volumes", "differences"):
