@@ -74,7 +74,7 @@ class Plan:
 FULL = Plan(
     (
         Case(1, "mlp", 2048, 128, 32),
-        *(Case(2, "factorized", g, b, 32) for g in (8192, 16384) for b in (128, 256)),
+        *(Case(2, "factorized", g, b, 128) for g in (8192, 16384) for b in (128, 256)),
         *(Case(2, "mlp", g, b, 2) for g in (8192, 16384) for b in (128, 256)),
     ),
     (4096, 8192, 16384), (64, 128, 256), (10_000, 100_000, 1_000_000), (10_000, 100_000), 128, 8192, 0.4, 2048,
@@ -120,7 +120,7 @@ def measure(plan: Plan, device: torch.device, folder: Path) -> dict[str, Any]:
 
 
 def _on(cases: tuple[Case, ...], device: torch.device) -> list[Case]:
-    return [replace(c, batch=64) if device.type == "cuda" and c.box > 16 else c for c in cases]
+    return [replace(c, batch=max(c.batch, 64)) if device.type == "cuda" and c.box > 16 else c for c in cases]
 
 
 def fit(points: list[tuple[float, float]]) -> float:

@@ -23,6 +23,7 @@ from cryospire.training.model import Mixture, load
 WARM_STEPS, WARM_LR = 2000, 5e-3  # of fitting anchors to the motion of parts, without images
 WARM_SAMPLE = 512  # Gaussians whose occupancy is fitted in a step: all of a part are alike
 PRESENT = 0.95  # occupancy of what is there
+WORSE = 0.1  # of what stage 1 has gained after its first epoch; less is overfitting, of which stage 1 does more
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 
 
@@ -66,9 +67,10 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
             stores.put(group, "anchors/part", stores.read(division, "anchors/part"), ("anchor",), "part of the anchor")
             discover.write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)
-            before, after = float(stores.read(found, "history/loss")[-1]), history["loss"][-1]
+            first, before = stores.read(found, "history/loss")[[0, -1]].tolist()
+            after = history["loss"][-1]
             alike = coarse.box == data.box and coarse.config.lambda_z == settings.lambda_z and len(stores.read(found, "id")) == len(rows)
-            if alike and after > before:
+            if alike and after > before + WORSE * (first - before):
                 words = f"loss {after:.1f}, there {before:.1f}"
                 say(f"train: WARNING: the images are explained worse than by stage 1 ({words}); try a lower train.lr")
 

@@ -22,7 +22,7 @@ ENERGY = 160.0  # of an image; its noise has variance 1 in every pixel
 
 
 def test_parts_that_come_and_go_are_not_lost(tmp_path: Path, plant: Callable[..., Path]) -> None:
-    """Networks of the default width at the default rates: at 1e-2 occupancies ran away, and the loss rose by 17."""
+    """Networks of the default width at the default rates: at 1e-2 occupancies run away, and the loss ends 4 above the truth."""
     seed_everything(3)
     g = torch.Generator().manual_seed(0)
     part = torch.arange(PARTS).repeat_interleave(GAUSSIANS // PARTS)
