@@ -33,6 +33,7 @@ class Simulate(Section):
     pixel_size: float = Field(6.0, gt=0, description="Å")
     snr: float = Field(0.04, gt=0, description="signal variance over noise variance in this box (CryoBench: 0.01 at box 256 is 0.04 at 128)")
     shift: float = Field(10.0, ge=0, description="standard deviation of particle shifts, Å")
+    strength: float = Field(0.0, ge=0, lt=0.5, description="standard deviation over images of how strongly they show the particle (ice and what lies in it), about 1")
     resolution: float = Field(0.0, ge=0, description="of the truth, Å: an atom is a Gaussian of sd 0.225 of it, as in ChimeraX molmap, cut softly at Nyquist; 0: 2.2 pixels")
 
 

@@ -1,4 +1,8 @@
-"""The likelihood: half the squared distance between whitened images and the model seen through the CTF."""
+"""The likelihood: half the squared distance between whitened images and the model seen through the CTF, as strongly as each shows it.
+
+Ice, and what else lies in it, make one image of a particle stronger than another: an image is ``s`` times the model's and noise, with
+its own ``s`` about 1.  It enters at its most probable value, which is known at once; nothing is kept of it.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CONTRAST = 0.2  # standard deviation of s over images, of its Gaussian prior
+
 
 class _ResidualEnergy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projection: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
-        box = projection.shape[-1]
-        residual = torch.fft.rfft2(projection) * transfer - torch.fft.rfft2(images)
-        ctx.save_for_backward(transfer, residual)
-        power = torch.view_as_real(residual).square().sum(-1)
-        # Parseval on the half plane: every column but the first and the last stands for two.
-        energy = 2 * power.sum((-2, -1)) - power[..., 0].sum(-1) - power[..., -1].sum(-1)
-        return energy / (2 * box * box)
+        seen, image = torch.fft.rfft2(projection) * transfer, torch.fft.rfft2(images)
+        s = strength(seen, image)
+        residual = s[:, None, None] * seen - image
+        ctx.save_for_backward(transfer, residual, s)
+        return (product(residual, residual) + ((s - 1) / CONTRAST).square()) / 2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        transfer, residual = ctx.saved_tensors
+        transfer, residual, s = ctx.saved_tensors
         box = residual.shape[-2]
-        return torch.fft.irfft2(residual * transfer, s=(box, box)) * grads[0][:, None, None], None, None
+        # s is where the energy is least: through it nothing changes to first order.
+        return torch.fft.irfft2(residual * transfer, s=(box, box)) * (s * grads[0])[:, None, None], None, None
 
 
 def residual_energy(projection: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
-    """``1/2 sum_pixels (F^-1[transfer F projection] - image)^2`` for each image: (B,).
+    """``min_s 1/2 sum_pixels (s F^-1[transfer F projection] - image)^2 + (s - 1)^2 / (2 CONTRAST^2)`` for each image: (B,).
 
     ``projection``, ``images`` (B, box, box); ``transfer`` (B, box, box // 2 + 1) real: CTF times whitening.  Differentiable
     in ``projection``, by the adjoint written out: three FFTs a step instead of four.
@@ -40,4 +45,19 @@ def residual_energy_plain(projection: Tensor, transfer: Tensor, images: Tensor) 
     """Plain twin of ``residual_energy``."""
     box = projection.shape[-1]
     model = torch.fft.irfft2(torch.fft.rfft2(projection) * transfer, s=(box, box))
-    return 0.5 * (model - images).square().sum((-2, -1))
+    s = ((model * images).sum((-2, -1)) + CONTRAST**-2) / (model.square().sum((-2, -1)) + CONTRAST**-2)
+    return 0.5 * ((s[:, None, None] * model - images).square().sum((-2, -1)) + ((s - 1) / CONTRAST).square())
+
+
+def strength(seen: Tensor, image: Tensor) -> Tensor:
+    """Most probable s (B,) of images of unit noise, given as transforms (B, box, box // 2 + 1) that show ``seen`` s times."""
+    return (product(seen, image) + CONTRAST**-2) / (product(seen, seen) + CONTRAST**-2)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar products (B,) of images, from their transforms (B, box, box // 2 + 1)."""
+    x, y = torch.view_as_real(a), torch.view_as_real(b)
+    columns = slice(None), slice(0, 1), slice(-1, None)
+    whole, first, last = (torch.linalg.vecdot(x[:, :, c].flatten(1), y[:, :, c].flatten(1)) for c in columns)
+    # Parseval on the half plane: every column but the first and the last stands for two.
+    return (2 * whole - first - last) / a.shape[-2] ** 2

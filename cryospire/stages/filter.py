@@ -18,6 +18,7 @@ from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import Progress, say
+from cryospire.maths.losses import product
 from cryospire.stages import export
 from cryospire.training.data import Particles
 from cryospire.training.loop import start_threads
@@ -65,13 +66,15 @@ def run(
 
 @torch.no_grad()
 def evidence(model: Mixture, latents: Tensor, data: Particles) -> Tensor:
-    """Log-likelihood (N,) of each image with the mixture at its latent (N, D), over that of noise alone, less ``lambda_z |z|^2 / 2``."""
+    """Log-likelihood (N,) of each image with the mixture at its latent (N, D), at strength 1, over that of noise alone, less
+    ``lambda_z |z|^2 / 2``."""
     values = torch.empty(len(data))
     with Progress("filter", len(data), "images") as progress:
         for rows in np.array_split(np.arange(len(data)), -(-len(data) // BATCH)):
             z, images = latents[rows], torch.from_numpy(data.read(rows)).float()
-            energy = model(z, data.rotation[rows], data.shift[rows], data.transfer(rows), images)
-            values[rows] = images.square().sum((1, 2)) / 2 - energy - model.config.lambda_z / 2 * z.square().sum(1)
+            seen = torch.fft.rfft2(model.project(z, data.rotation[rows], data.shift[rows])) * data.transfer(rows)
+            gain = product(seen, torch.fft.rfft2(images)) - product(seen, seen) / 2
+            values[rows] = gain - model.config.lambda_z / 2 * z.square().sum(1)
             progress.advance(len(rows))
     return values
 

@@ -33,7 +33,7 @@ RESOLUTION = 2.2  # pixels; resolution of the truth where none is given
 LINKER_TRIES = 200
 CLASH = 0.01  # fraction of the moving group's atoms that may touch the rest
 # Independent streams of random numbers.
-POSES, SHIFTS, DEFOCI, LABELS, NOISE, LINKERS, HALVES = range(7)
+POSES, SHIFTS, DEFOCI, LABELS, NOISE, LINKERS, HALVES, STRENGTHS = range(8)
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,11 @@ def write_images(output: Path, states: States, table: ParticleTable, labels: NDA
     n, box = len(table), settings.box
     stack = mrc.create_stack(output / "particles.mrcs", n, box, settings.pixel_size)
     noise = np.random.default_rng(_stream(seed, NOISE))
+    strength = np.random.default_rng(_stream(seed, STRENGTHS)).normal(1, settings.strength, (n, 1, 1)).astype(np.float32)
     with Progress("simulate", n, metrics=output.parent / "logs" / "simulate.metrics.jsonl") as progress:
         for rows in blocks(n, box):
             clean = clean_images(states, table, labels, rows, settings).numpy()
-            stack[rows[0] : rows[-1] + 1] = clean + noise.standard_normal(clean.shape, np.float32)
+            stack[rows[0] : rows[-1] + 1] = strength[rows] * clean + noise.standard_normal(clean.shape, np.float32)
             progress.advance(len(rows))
         progress.record(particles=n, box=box, states=settings.states)
 

@@ -1,6 +1,6 @@
 import torch
 
-from cryospire.maths.losses import residual_energy, residual_energy_plain
+from cryospire.maths.losses import CONTRAST, residual_energy, residual_energy_plain, strength
 
 
 def test_written_out_adjoint_agrees_with_autograd() -> None:
@@ -27,3 +27,22 @@ def test_pure_noise_has_half_a_unit_for_each_pixel() -> None:
     noise = torch.randn(64, 32, 32, generator=torch.Generator().manual_seed(2))
     energy = residual_energy(torch.zeros(64, 32, 32), torch.ones(64, 32, 17), noise)
     assert abs(float(energy.mean()) / (32 * 32 / 2) - 1) < 0.01
+
+
+def test_strengths_of_images_are_found() -> None:
+    """As well as noise and prior allow: the error of the posterior mean has variance 1 / (|model|^2 + CONTRAST^-2)."""
+    g = torch.Generator().manual_seed(3)
+    model, energy = torch.randn(1, 16, 16, generator=g), 100.0
+    model *= (energy / model.square().sum()).sqrt()
+    s = 1 + CONTRAST * torch.randn(4000, generator=g)
+    images = s[:, None, None] * model + torch.randn(4000, 16, 16, generator=g)
+    found = strength(torch.fft.rfft2(model.expand_as(images)), torch.fft.rfft2(images))
+    assert abs(float((found - s).square().mean()) * (energy + CONTRAST**-2) - 1) < 0.07
+
+
+def test_no_other_strength_explains_an_image_better() -> None:
+    g = torch.Generator().manual_seed(4)
+    projection, images = 3 * torch.randn(2, 8, 8, generator=g), torch.randn(2, 8, 8, generator=g)
+    tried = torch.linspace(-1, 2, 3001)[:, None]
+    distance = (tried[..., None, None] * projection - images).square().sum((-2, -1)) + ((tried - 1) / CONTRAST) ** 2
+    torch.testing.assert_close(residual_energy(projection, torch.ones(2, 8, 5), images), distance.min(0).values / 2, rtol=1e-5, atol=0)

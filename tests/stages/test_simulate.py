@@ -76,6 +76,19 @@ def test_snr_is_signal_variance_over_noise_variance(tmp_path: Path) -> None:
     assert (high - signal).var() == pytest.approx(1.0, rel=0.01)
 
 
+def test_strengths_of_images(stack: Path, tmp_path: Path) -> None:
+    """As spread as they should be; all else is as without."""
+    varied = mrc.open_stack(run(tmp_path, strength=0.2) / "particles.mrcs")
+    more = np.array(varied, np.float64) - mrc.open_stack(stack / "particles.mrcs")
+    clean = expected_images(stack, list(range(300)))
+    factor = (more * clean).sum((1, 2)) / (clean**2).sum((1, 2))
+    scale = np.linalg.norm(more) / np.linalg.norm(factor[:, None, None] * clean)
+    assert scale == pytest.approx(1, abs=1e-3), "nothing but the particle is stronger"
+    same = np.array(mrc.open_stack(stack / "particles.mrcs"), np.float64)
+    unit = (same * clean).sum() / (clean**2).sum()
+    assert (factor / unit).std() == pytest.approx(0.2, rel=0.15) and abs((factor / unit).mean()) < 0.04
+
+
 def test_same_seed_same_bytes(stack: Path, tmp_path: Path) -> None:
     again, other = run(tmp_path / "again"), run(tmp_path / "other", seed=1)
     for file in sorted(p.relative_to(stack) for p in stack.rglob("*") if p.is_file()):
