@@ -37,6 +37,8 @@ def residual_energy(projection: Tensor, transfer: Tensor, images: Tensor) -> Ten
     ``projection``, ``images`` (B, box, box); ``transfer`` (B, box, box // 2 + 1) real: CTF times whitening.  Differentiable
     in ``projection``, by the adjoint written out: three FFTs a step instead of four.
     """
+    if not len(images):  # a rank may have none in the last step of an epoch, and FFTs of nothing fail
+        return projection.sum((-2, -1))
     energy: Tensor = _ResidualEnergy.apply(projection, transfer, images)
     return energy
 

@@ -59,12 +59,12 @@ class Batch:
     rotation: Tensor  # (B, 3, 3)
     shift: Tensor  # (B, 2) Å
     transfer: Tensor  # (B, box, box // 2 + 1): CTF times whitening
-    share: float  # these images over all images of the global step
+    total: int  # images of the global step, over all ranks
 
     def to(self, device: torch.device) -> Batch:
         """On the device, images in single precision (torch converts it six times as fast as numpy)."""
         images, rotation, shift, transfer = (t.to(device) for t in (self.images, self.rotation, self.shift, self.transfer))
-        return Batch(self.rows, images.float(), rotation, shift, transfer, self.share)
+        return Batch(self.rows, images.float(), rotation, shift, transfer, self.total)
 
 
 class Particles:
@@ -165,7 +165,7 @@ def batches(
             data.rotation[index],
             data.shift[index],
             data.transfer(rows),
-            len(rows) / total,
+            total,
         )
 
 

@@ -23,7 +23,9 @@ from cryospire.training.data import Particles, batches, lane_bounds, prefetch, s
 from cryospire.training.distributed import Team
 from cryospire.training.latents import Latents
 from cryospire.training.model import Mixture
+from cryospire.training.restarts import Drawings, nodes, restarted
 
+RESTARTS = (1 / 3, 2 / 3)  # of the epochs, after which latents may begin anew
 AGREE_EVERY = 10  # steps between the ranks' agreement on stopping and on a finite loss
 PROBE_EVERY = 8  # steps between estimates of the latents' Fisher information
 RESUME = 75  # exit code of a run that saved itself and wants to be started again (EX_TEMPFAIL)
@@ -109,11 +111,33 @@ def fit(
             }
             checkpoint.save(folder, state | {"identity": identity, "running": total})
 
+    def restart(epoch: int) -> None:
+        if not math.isfinite(team.sum(float(latents.z.sum()))[0]):
+            raise InputError(f"{stage}: latents are not finite after epoch {epoch}; lower lr or look for damaged images")
+        columns = team.gather(latents.z)
+        drawings = Drawings.of(model, team.broadcast(nodes(columns, (seed, epoch)) if columns is not None else None), team.device)
+        new = latents.z.clone()
+        source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch)
+        for step, batch in enumerate(prefetch(source, team.device)):
+            if len(batch.rows):
+                at = torch.from_numpy(batch.rows - start)
+                new[at] = restarted(model, drawings, latents.z[at].to(team.device), batch, config.lambda_z).cpu()
+            progress.advance(0, "latents compared with others")
+            if (step + 1) % AGREE_EVERY == 0 and team.sum(wish())[0]:
+                keep(epoch, 0)
+                say(f"{stage}: stopped by a signal; saved before epoch {epoch + 1}: run the same command to go on")
+                raise Interrupted
+        moved = team.sum(float((new != latents.z).any(1).sum()))[0]
+        latents.z.copy_(new)
+        say(f"{stage}: {moved / len(data):.1%} of the latents begin anew at another shape, which explains their images better")
+
     wish = _signals()
     kept = time.monotonic()
     with Progress(stage, config.epochs * len(data), metrics=metrics) as progress:
         progress.skip(first_epoch * len(data) + min(first_step * config.batch, len(data)))
         for epoch in range(first_epoch, config.epochs):
+            if not first_step and epoch in [round(share * config.epochs) for share in RESTARTS]:
+                restart(epoch)
             began = time.monotonic()
             factor = decay((epoch * per_epoch + first_step) / (config.epochs * per_epoch))
             source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)
@@ -126,16 +150,15 @@ def fit(
                 if step % PROBE_EVERY == 0:
                     latents.learn(probe(model, on, config, lanes, (seed, epoch, step)), team)
                 energy = likelihood(*on)
-                # DDP averages over ranks; the share makes that the mean over the global batch.
-                weight = batch.share * team.size / max(1, len(batch.rows))
+                weight = team.size / batch.total  # DDP averages over ranks: this makes it the mean over the global batch
                 loss = energy.sum() * weight + prior(model, config)
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
                 adam.step()
                 running += float(energy.detach().sum() + config.lambda_z / 2 * zb.detach().square().sum())
-                gradient = zb.grad / weight if zb.grad is not None and len(batch.rows) else torch.zeros_like(zb)
-                latents.step(batch.rows, gradient, config.lambda_z, config.lr_z)
-                progress.advance(int(round(len(batch.rows) / batch.share)), f"epoch {epoch + 1}/{config.epochs}")
+                gradient = zb.grad / weight if zb.grad is not None else torch.zeros_like(zb)
+                latents.step(batch.rows, gradient, config.lambda_z, config.lr_z * factor)
+                progress.advance(batch.total, f"epoch {epoch + 1}/{config.epochs}")
                 if (step + 1) % AGREE_EVERY == 0:
                     total, stops, overdue = team.sum(running, wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
                     if not math.isfinite(total):

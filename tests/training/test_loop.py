@@ -123,11 +123,12 @@ if z is not None:
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_reach_what_one_process_reaches(particles: Path, tmp_path: Path, ranks: int) -> None:
-    z, model, history = train(particles, tmp_path / "one", epochs=2)
+@pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (4, {}), (3, {"lanes": 3, "batch": 6})], ids=["2", "4", "3, one without images"])
+def test_ranks_reach_what_one_process_reaches(particles: Path, tmp_path: Path, ranks: int, changes: dict[str, int]) -> None:
+    z, model, history = train(particles, tmp_path / "one", epochs=2, **changes)
     program = tmp_path / "program.py"
-    program.write_text(RANKS.format(tests=str(Path(__file__).parent), store=str(particles), folder=str(tmp_path)))
+    more = "".join(f", {name}={value}" for name, value in changes.items())
+    program.write_text(RANKS.replace("epochs=2", "epochs=2" + more).format(tests=str(Path(__file__).parent), store=str(particles), folder=str(tmp_path)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
     done = subprocess.run(
         launch, env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
