@@ -128,7 +128,8 @@ def test_ranks_reach_what_one_process_reaches(particles: Path, tmp_path: Path, r
     z, model, history = train(particles, tmp_path / "one", epochs=2, **changes)
     program = tmp_path / "program.py"
     more = "".join(f", {name}={value}" for name, value in changes.items())
-    program.write_text(RANKS.replace("epochs=2", "epochs=2" + more).format(tests=str(Path(__file__).parent), store=str(particles), folder=str(tmp_path)))
+    source = RANKS.replace("epochs=2", "epochs=2" + more)
+    program.write_text(source.format(tests=str(Path(__file__).parent), store=str(particles), folder=str(tmp_path)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
     done = subprocess.run(
         launch, env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
