@@ -74,7 +74,7 @@ class Training(Section):
     layers: int = Field(1, ge=1, description="hidden layers")
     lambda_z: float = Field(1.0, ge=0, description="weight of |z|^2 / 2 beside |residual|^2 / 2 summed over pixels; 1 is the MAP estimate under unit noise")
     lr: float = Field(1e-2, gt=0, description="Adam, networks and features")
-    lr_z: float = Field(1.0, gt=0, description="latents: fraction of a natural-gradient (Newton) step a visit, falling like lr; each is visited once an epoch")
+    lr_z: float = Field(1.0, gt=0, description="latents: fraction of a natural-gradient (Newton) step a visit, in stage 2 falling like lr; each is visited once an epoch")
     lr_density: float = Field(0.02, gt=0, description="Adam, centres (pixels), log scales and relative amplitudes of the Gaussians")
     lanes: int = Field(8, ge=1, description="fixed division of the particles among ranks; the number of ranks must divide it, and so must the batch")
     cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales")

@@ -1,7 +1,7 @@
 """The likelihood: half the squared distance between whitened images and the model seen through the CTF, as strongly as each shows it.
 
 Ice, and what else lies in it, make one image of a particle stronger than another: an image is ``s`` times the model's and noise, with
-its own ``s`` about 1.  It enters at its most probable value, which is known at once; nothing is kept of it.
+its own ``s``, spread about 1.  It enters at its most probable value, which is known at once; nothing is kept of it.
 """
 
 from __future__ import annotations
@@ -11,49 +11,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CONTRAST = 0.2  # standard deviation of s over images, of its Gaussian prior
-
 
 class _ResidualEnergy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, projection: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
+    def forward(ctx: Any, projection: Tensor, transfer: Tensor, images: Tensor, spread: float) -> Tensor:
         seen, image = torch.fft.rfft2(projection) * transfer, torch.fft.rfft2(images)
-        s = strength(seen, image)
+        s = strength(seen, image, spread)
         residual = s[:, None, None] * seen - image
         ctx.save_for_backward(transfer, residual, s)
-        return (product(residual, residual) + ((s - 1) / CONTRAST).square()) / 2
+        # At the best s the prior's (s - 1) / spread^2 is minus the derivative of the rest: so it is 0 where the spread is.
+        return (product(residual, residual) - (s - 1) * product(residual, seen)) / 2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         transfer, residual, s = ctx.saved_tensors
         box = residual.shape[-2]
         # s is where the energy is least: through it nothing changes to first order.
-        return torch.fft.irfft2(residual * transfer, s=(box, box)) * (s * grads[0])[:, None, None], None, None
+        return torch.fft.irfft2(residual * transfer, s=(box, box)) * (s * grads[0])[:, None, None], None, None, None
 
 
-def residual_energy(projection: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
-    """``min_s 1/2 sum_pixels (s F^-1[transfer F projection] - image)^2 + (s - 1)^2 / (2 CONTRAST^2)`` for each image: (B,).
+def residual_energy(projection: Tensor, transfer: Tensor, images: Tensor, spread: float) -> Tensor:
+    """``min_s 1/2 sum_pixels (s F^-1[transfer F projection] - image)^2 + (s - 1)^2 / (2 spread^2)`` for each image: (B,).
 
     ``projection``, ``images`` (B, box, box); ``transfer`` (B, box, box // 2 + 1) real: CTF times whitening.  Differentiable
     in ``projection``, by the adjoint written out: three FFTs a step instead of four.
     """
     if not len(images):  # a rank may have none in the last step of an epoch, and FFTs of nothing fail
         return projection.sum((-2, -1))
-    energy: Tensor = _ResidualEnergy.apply(projection, transfer, images)
+    energy: Tensor = _ResidualEnergy.apply(projection, transfer, images, spread)
     return energy
 
 
-def residual_energy_plain(projection: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
-    """Plain twin of ``residual_energy``."""
+def residual_energy_plain(projection: Tensor, transfer: Tensor, images: Tensor, spread: float) -> Tensor:
+    """Plain twin of ``residual_energy``; ``spread`` above 0."""
     box = projection.shape[-1]
     model = torch.fft.irfft2(torch.fft.rfft2(projection) * transfer, s=(box, box))
-    s = ((model * images).sum((-2, -1)) + CONTRAST**-2) / (model.square().sum((-2, -1)) + CONTRAST**-2)
-    return 0.5 * ((s[:, None, None] * model - images).square().sum((-2, -1)) + ((s - 1) / CONTRAST).square())
+    s = ((model * images).sum((-2, -1)) + spread**-2) / (model.square().sum((-2, -1)) + spread**-2)
+    return 0.5 * ((s[:, None, None] * model - images).square().sum((-2, -1)) + ((s - 1) / spread).square())
 
 
-def strength(seen: Tensor, image: Tensor) -> Tensor:
-    """Most probable s (B,) of images of unit noise, given as transforms (B, box, box // 2 + 1) that show ``seen`` s times."""
-    return (product(seen, image) + CONTRAST**-2) / (product(seen, seen) + CONTRAST**-2)
+def strength(seen: Tensor, image: Tensor, spread: float) -> Tensor:
+    """Most probable s (B,) of images of unit noise, given as transforms (B, box, box // 2 + 1) that show ``seen`` s times; ``spread``:
+    standard deviation of s over images."""
+    return (spread**2 * product(seen, image) + 1) / (spread**2 * product(seen, seen) + 1)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

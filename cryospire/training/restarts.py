@@ -16,7 +16,6 @@ from torch.nn.functional import embedding_bag, pad
 
 from cryospire.kernels import render_volume
 from cryospire.maths import fourier, insertion
-from cryospire.maths.losses import CONTRAST
 from cryospire.training.data import Batch
 from cryospire.training.model import Mixture
 
@@ -79,8 +78,8 @@ class Drawings:
         values = embedding_bag(rows, self.table, per_sample_weights=shares, mode="sum")
         return values.view(len(rotation), len(self.points), 2, -1)
 
-    def likelihood(self, batch: Batch, pixel_size: float) -> Tensor:
-        """Log-likelihood (B, K) of each image with each drawing in it, up to a constant of the image."""
+    def likelihood(self, batch: Batch, pixel_size: float, spread: float) -> Tensor:
+        """Log-likelihood (B, K) of each image with each drawing in it, over that of noise alone; ``spread`` as in ``maths.losses``."""
         box = batch.images.shape[-1]
         kx, ky = self.points.T
         image = (fourier.rfft(batch.images) / box * fourier.shift_phase(box, -batch.shift / pixel_size))[:, ky, kx]
@@ -89,14 +88,15 @@ class Drawings:
         # Each coefficient stands for two.
         norm = 2 * torch.einsum("bm,bmck->bk", transfer**2, seen.square())
         cross = 2 * torch.einsum("bmc,bmck->bk", torch.view_as_real(image * transfer), seen)
-        return (cross + CONTRAST**-2) ** 2 / (norm + CONTRAST**-2) / 2
+        s = (spread**2 * cross + 1) / (spread**2 * norm + 1)
+        return ((s + 1) * cross - s * norm) / 2
 
 
 @torch.no_grad()
 def restarted(model: Mixture, drawings: Drawings, z: Tensor, batch: Batch, precision: float) -> Tensor:
     """Latents (B, D) of a batch, those at ``z`` (B, D) or at the node that suits the image better; ``precision`` lambda of their prior."""
     node = drawings.latent.to(z.device)
-    worth = drawings.likelihood(batch, model.pixel_size) - precision / 2 * node.square().sum(1)
+    worth = drawings.likelihood(batch, model.pixel_size, model.contrast) - precision / 2 * node.square().sum(1)
     own, best = torch.cdist(z, node).argmin(1), worth.argmax(1)
     each = torch.arange(len(z), device=z.device)
     tried = torch.nonzero(worth[each, best] > worth[each, own] + GAIN)[:, 0]

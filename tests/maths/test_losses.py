@@ -1,6 +1,8 @@
 import torch
 
-from cryospire.maths.losses import CONTRAST, residual_energy, residual_energy_plain, strength
+from cryospire.maths.losses import residual_energy, residual_energy_plain, strength
+
+CONTRAST = 0.2
 
 
 def test_written_out_adjoint_agrees_with_autograd() -> None:
@@ -15,17 +17,17 @@ def test_written_out_adjoint_agrees_with_autograd() -> None:
     weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     results = []
     for function in (residual_energy, residual_energy_plain):
-        energy = function(projection, transfer, images)
+        energy = function(projection, transfer, images, CONTRAST)
         (grad,) = torch.autograd.grad((energy * weight).sum(), projection)
         results.append((energy.detach(), grad))
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain)
-    assert torch.autograd.gradcheck(lambda p: residual_energy(p, transfer, images), projection)
+    assert torch.autograd.gradcheck(lambda p: residual_energy(p, transfer, images, CONTRAST), projection)
 
 
 def test_pure_noise_has_half_a_unit_for_each_pixel() -> None:
     noise = torch.randn(64, 32, 32, generator=torch.Generator().manual_seed(2))
-    energy = residual_energy(torch.zeros(64, 32, 32), torch.ones(64, 32, 17), noise)
+    energy = residual_energy(torch.zeros(64, 32, 32), torch.ones(64, 32, 17), noise, 0.0)
     assert abs(float(energy.mean()) / (32 * 32 / 2) - 1) < 0.01
 
 
@@ -36,7 +38,7 @@ def test_strengths_of_images_are_found() -> None:
     model *= (energy / model.square().sum()).sqrt()
     s = 1 + CONTRAST * torch.randn(4000, generator=g)
     images = s[:, None, None] * model + torch.randn(4000, 16, 16, generator=g)
-    found = strength(torch.fft.rfft2(model.expand_as(images)), torch.fft.rfft2(images))
+    found = strength(torch.fft.rfft2(model.expand_as(images)), torch.fft.rfft2(images), CONTRAST)
     assert abs(float((found - s).square().mean()) * (energy + CONTRAST**-2) - 1) < 0.07
 
 
@@ -45,4 +47,12 @@ def test_no_other_strength_explains_an_image_better() -> None:
     projection, images = 3 * torch.randn(2, 8, 8, generator=g), torch.randn(2, 8, 8, generator=g)
     tried = torch.linspace(-1, 2, 3001)[:, None]
     distance = (tried[..., None, None] * projection - images).square().sum((-2, -1)) + ((tried - 1) / CONTRAST) ** 2
-    torch.testing.assert_close(residual_energy(projection, torch.ones(2, 8, 5), images), distance.min(0).values / 2, rtol=1e-5, atol=0)
+    energy = residual_energy(projection, torch.ones(2, 8, 5), images, CONTRAST)
+    torch.testing.assert_close(energy, distance.min(0).values / 2, rtol=1e-5, atol=0)
+
+
+def test_without_spread_every_image_is_as_strong_as_the_model() -> None:
+    g = torch.Generator().manual_seed(5)
+    projection, images = torch.randn(2, 2, 8, 8, generator=g)
+    energy = residual_energy(projection, torch.ones(2, 8, 5), images, 0.0)
+    torch.testing.assert_close(energy, (projection - images).square().sum((-2, -1)) / 2)

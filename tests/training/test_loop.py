@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryospire.config import Discover
+from cryospire.config import Discover, Train
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.training import checkpoint
@@ -24,11 +24,12 @@ from cryospire.training.latents import Latents
 from cryospire.training.loop import Interrupted, fit
 from cryospire.training.model import Mixture
 
-SETTINGS = {"gaussians": 24, "epochs": 4, "batch": 16, "lanes": 4, "latent": 2, "features": 4, "hidden": 8}
+SETTINGS = {"gaussians": 24, "epochs": 4, "batch": 16, "lanes": 4, "hidden": 8}
+STAGES = {1: Discover(latent=2, features=4), 2: Train(anchor_motion=False, head="mlp", layers=1)}
 
 
-def train(store: Path, folder: Path, **changes: object) -> tuple[torch.Tensor | None, Mixture, dict[str, list[float]]]:
-    config = Discover.model_validate(SETTINGS | changes)
+def train(store: Path, folder: Path, stage: int = 1, **changes: object) -> tuple[torch.Tensor | None, Mixture, dict[str, list[float]]]:
+    config = STAGES[stage].model_copy(update=SETTINGS | changes)
     data = Particles(stores.open_store(store, "particles"))
     seed_everything(5)
     model = Mixture(config, 2, 4, 24, data.box, data.pixel_size)
@@ -68,8 +69,9 @@ def test_the_loss_falls_below_a_still_mixture(particles: Path, tmp_path: Path) -
     assert history["loss"][-1] < history["loss"][0] - 0.5
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: Path) -> None:
-    z, model, history = train(particles, tmp_path / "whole")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: Path, stage: int) -> None:
+    z, model, history = train(particles, tmp_path / "whole", stage)
     metrics = tmp_path / "cut" / "metrics.jsonl"
 
     def signal_in_first_epoch() -> None:
@@ -82,7 +84,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: P
     interruptions = 0
     while True:
         try:
-            again, model_again, history_again = train(particles, tmp_path / "cut")
+            again, model_again, history_again = train(particles, tmp_path / "cut", stage)
             break
         except Interrupted as stop:
             assert stop.code == 75
@@ -123,7 +125,7 @@ if z is not None:
 """
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (4, {}), (3, {"lanes": 3, "batch": 6})], ids=["2", "4", "3, one without images"])
+@pytest.mark.parametrize(("ranks", "changes"), [(2, {"stage": 2}), (4, {}), (3, {"lanes": 3, "batch": 6})])
 def test_ranks_reach_what_one_process_reaches(particles: Path, tmp_path: Path, ranks: int, changes: dict[str, int]) -> None:
     z, model, history = train(particles, tmp_path / "one", epochs=2, **changes)
     program = tmp_path / "program.py"

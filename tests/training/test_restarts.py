@@ -1,5 +1,6 @@
 """Latents that are stuck at a shape which their images do not show: found by drawings, and moved."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -37,11 +38,13 @@ def seen(model: Mixture, z: Tensor) -> Batch:
     return Batch(torch.arange(n).numpy(), clean + torch.randn(n, BOX, BOX, generator=g), rotation, shift, transfer, n)
 
 
-def test_drawings_are_as_likely_as_the_mixture() -> None:
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_drawings_are_as_likely_as_the_mixture(spread: float) -> None:
     """Of one image, up to a constant: what the lattice loses is small beside what tells shapes from each other."""
     model = mixture()
+    model.contrast = spread
     batch = seen(model, SHAPES.repeat(8, 1))
-    drawn = Drawings.of(model, SHAPES, torch.device("cpu")).likelihood(batch, PIXEL)
+    drawn = Drawings.of(model, SHAPES, torch.device("cpu")).likelihood(batch, PIXEL, spread)
     on = batch.rotation, batch.shift, batch.transfer, batch.images
     exact = -torch.stack([model(z.expand(24, -1), *on) for z in SHAPES], 1)
     drawn, exact = drawn - drawn.mean(1, keepdim=True), exact - exact.mean(1, keepdim=True)
