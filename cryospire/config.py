@@ -104,7 +104,7 @@ class Train(Training):
 
     gaussians: int = Field(8192, ge=8)
     epochs: int = Field(30, ge=1)
-    batch: int = Field(128, ge=1, description="images in a global batch, over all ranks; 32 turned a state half round, and the network for all Gaussians costs a step the same")
+    batch: int = Field(128, ge=1, description="images in a global batch, over all ranks; with 32 the first steps undid docking, and the factorized head costs a step the same whatever their number")
     head: Literal["mlp", "factorized"] = "factorized"
     hidden: int = Field(128, ge=1)
     layers: int = Field(3, ge=1)

@@ -27,7 +27,7 @@ CPU_IMAGES = 150.0  # images of 128 pixels that one process reads, transforms an
 GPU_HOURS = 6.0  # a training asks for as many GPUs as end it in about this time
 BASE_MB = 1200  # Python, torch, numba
 SPLAT_FLOP = 60.0  # forward and backward, of one Gaussian on one pixel
-DRAWN_MB = 400  # drawings with which latents are compared
+DRAWN_MB = 400  # drawings with which stage 2 compares latents, and what is made of them
 IMAGES = 64  # that reconstruct draws at once
 MINUTES = 30  # the least time that is asked for
 
@@ -169,7 +169,8 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         pairs = settings.batch / tasks * settings.gaussians * 4 / 1e6  # MB of one number for every image and Gaussian
         depth = settings.hidden * settings.layers if settings.head == "mlp" and not gpu else 40
         rate = GPU_GFLOPS if gpu else CPU_GFLOPS * cpus
-        memory = settings.memory_mib + DRAWN_MB + pairs * (2 * depth) + 20 * settings.batch * image_mb + n * 1e-4
+        drawn = DRAWN_MB if stage == "train" else 0
+        memory = drawn + settings.memory_mib + pairs * (2 * depth) + 20 * settings.batch * image_mb + n * 1e-4
         seconds = settings.epochs * n * flop_of_image(settings, b) / (rate * 1e9 * tasks)
         disk = 3 * n * 1e-4 + settings.gaussians * 2e-3
     elif stage == "parts":

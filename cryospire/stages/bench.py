@@ -232,7 +232,7 @@ def parts(
         latents.step(batch.rows, torch.zeros_like(z, device="cpu"), config.lambda_z, config.lr_z)
 
     def fft() -> None:
-        residual_energy(images.detach().requires_grad_(), transfer, images, model.contrast).sum().backward()
+        residual_energy(images.detach().requires_grad_(), transfer, images, model.strength_sd).sum().backward()
 
     return {"network": network, "splat": splat, "fft": fft, "optimiser": optimiser}
 

@@ -20,7 +20,7 @@ from cryospire.maths.poses import frames
 from cryospire.maths.projection import peak_weight
 from cryospire.training.heads import head, mlp
 
-CONTRAST = 0.2  # standard deviation, over images, of how strongly they show the particle
+STRENGTH_SD = 0.2  # standard deviation, over images, of how strongly they show the particle
 OCCUPANCY_BIAS = 2.0  # occupancies start at sigmoid(2) = 0.88: present, and free to vanish
 FOURIER_BANDS = 4  # octaves of the positional encoding (ablation)
 
@@ -45,8 +45,8 @@ class Mixture(nn.Module):
         super().__init__()
         self.config, self.latent, self.box, self.pixel_size = config, latent, box, pixel_size
         self.anchor_sizes = anchor_sizes or []
-        # Stage 1 learned less where it might explain by the strength of images what comes and goes.
-        self.contrast = CONTRAST if isinstance(config, Train) else 0.0
+        # Stage 1 ended at a higher loss where it might explain by the strength of images what comes and goes.
+        self.strength_sd = STRENGTH_SD if isinstance(config, Train) else 0.0
         self.unit = box * pixel_size / 16  # Å; the length in which heads express displacements
         # Density parameters are of order one in units of a pixel (centres) or relative (the rest): one learning rate fits all.
         self.centre = nn.Parameter(torch.zeros(3, gaussians))  # pixels
@@ -148,7 +148,7 @@ class Mixture(nn.Module):
 
     def forward(self, z: Tensor, rotation: Tensor, shift: Tensor, transfer: Tensor, images: Tensor) -> Tensor:
         """Negative log-likelihood (B,) of whitened images under unit noise, up to a constant."""
-        return residual_energy(self.project(z, rotation, shift), transfer, images, self.contrast)
+        return residual_energy(self.project(z, rotation, shift), transfer, images, self.strength_sd)
 
     def place(self, centre: Tensor, scale: Tensor, amplitude: Tensor) -> None:
         """Set the density from centres (G, 3) Å, scales (G) Å and amplitudes (G)."""

@@ -78,8 +78,9 @@ class Drawings:
         values = embedding_bag(rows, self.table, per_sample_weights=shares, mode="sum")
         return values.view(len(rotation), len(self.points), 2, -1)
 
-    def likelihood(self, batch: Batch, pixel_size: float, spread: float) -> Tensor:
-        """Log-likelihood (B, K) of each image with each drawing in it, over that of noise alone; ``spread`` as in ``maths.losses``."""
+    def likelihood(self, batch: Batch, pixel_size: float, sd: float) -> Tensor:
+        """Log-likelihood (B, K) of each image with each drawing in it, over that of noise alone;
+        ``sd`` of their strengths as in ``maths.losses``."""
         box = batch.images.shape[-1]
         kx, ky = self.points.T
         image = (fourier.rfft(batch.images) / box * fourier.shift_phase(box, -batch.shift / pixel_size))[:, ky, kx]
@@ -88,7 +89,7 @@ class Drawings:
         # Each coefficient stands for two.
         norm = 2 * torch.einsum("bm,bmck->bk", transfer**2, seen.square())
         cross = 2 * torch.einsum("bmc,bmck->bk", torch.view_as_real(image * transfer), seen)
-        s = (spread**2 * cross + 1) / (spread**2 * norm + 1)
+        s = (sd**2 * cross + 1) / (sd**2 * norm + 1)
         return ((s + 1) * cross - s * norm) / 2
 
 
@@ -96,7 +97,7 @@ class Drawings:
 def restarted(model: Mixture, drawings: Drawings, z: Tensor, batch: Batch, precision: float) -> Tensor:
     """Latents (B, D) of a batch, those at ``z`` (B, D) or at the node that suits the image better; ``precision`` lambda of their prior."""
     node = drawings.latent.to(z.device)
-    worth = drawings.likelihood(batch, model.pixel_size, model.contrast) - precision / 2 * node.square().sum(1)
+    worth = drawings.likelihood(batch, model.pixel_size, model.strength_sd) - precision / 2 * node.square().sum(1)
     own, best = torch.cdist(z, node).argmin(1), worth.argmax(1)
     each = torch.arange(len(z), device=z.device)
     tried = torch.nonzero(worth[each, best] > worth[each, own] + GAIN)[:, 0]

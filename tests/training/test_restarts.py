@@ -38,13 +38,13 @@ def seen(model: Mixture, z: Tensor) -> Batch:
     return Batch(torch.arange(n).numpy(), clean + torch.randn(n, BOX, BOX, generator=g), rotation, shift, transfer, n)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.2])
-def test_drawings_are_as_likely_as_the_mixture(spread: float) -> None:
+@pytest.mark.parametrize("sd", [0.0, 0.2])
+def test_drawings_are_as_likely_as_the_mixture(sd: float) -> None:
     """Of one image, up to a constant: what the lattice loses is small beside what tells shapes from each other."""
     model = mixture()
-    model.contrast = spread
+    model.strength_sd = sd
     batch = seen(model, SHAPES.repeat(8, 1))
-    drawn = Drawings.of(model, SHAPES, torch.device("cpu")).likelihood(batch, PIXEL, spread)
+    drawn = Drawings.of(model, SHAPES, torch.device("cpu")).likelihood(batch, PIXEL, sd)
     on = batch.rotation, batch.shift, batch.transfer, batch.images
     exact = -torch.stack([model(z.expand(24, -1), *on) for z in SHAPES], 1)
     drawn, exact = drawn - drawn.mean(1, keepdim=True), exact - exact.mean(1, keepdim=True)
