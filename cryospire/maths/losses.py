@@ -33,8 +33,8 @@ class _ResidualEnergy(torch.autograd.Function):
 def residual_energy(projection: Tensor, transfer: Tensor, images: Tensor, sd: float) -> Tensor:
     """``min_s 1/2 sum_pixels (s F^-1[transfer F projection] - image)^2 + (s - 1)^2 / (2 sd^2)`` for each image: (B,).
 
-    ``projection``, ``images`` (B, box, box); ``transfer`` (B, box, box // 2 + 1) real: CTF times whitening; ``sd`` 0: s is 1.  Differentiable
-    in ``projection``, by the adjoint written out: three FFTs a step instead of four.
+    ``projection``, ``images`` (B, box, box); ``transfer`` (B, box, box // 2 + 1) real: CTF times whitening; ``sd`` 0: s is 1.
+    Differentiable in ``projection``, by the adjoint written out: three FFTs a step instead of four.
     """
     if not len(images):  # a rank may have none in the last step of an epoch, and FFTs of nothing fail
         return projection.sum((-2, -1))

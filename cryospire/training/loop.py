@@ -114,7 +114,7 @@ def fit(
             checkpoint.save(folder, state | {"identity": identity, "running": total})
 
     def restart(epoch: int) -> None:
-        """One pass over the images before an epoch; only when all have been compared do latents change, so a resumed run repeats it whole."""
+        """One pass over the images before an epoch; latents change when all have been compared: a resumed run repeats it whole."""
         if not math.isfinite(team.sum(float(latents.z.sum()))[0]):
             raise InputError(f"{stage}: latents are not finite after epoch {epoch}; lower lr or look for damaged images")
         columns = team.gather(latents.z)
