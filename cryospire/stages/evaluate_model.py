@@ -187,7 +187,8 @@ def judge_motion(assigned: Assignment, truth: Segmentation) -> list[dict[str, An
 
 
 def judge_occupancy(mixture: Mixture, latents: Tensor, label: Tensor, assigned: Assignment, truth: Segmentation) -> list[dict[str, Any]]:
-    """For every part that is absent from some states: mean occupancy of its Gaussians in each particle against its true presence."""
+    """For every part that is absent from some states: mean occupancy of its Gaussians in each particle, of the most that one has (images
+    do not tell half the occupancy from half the density), against its true presence."""
     sample = torch.linspace(0, len(latents) - 1, min(SAMPLE, len(latents))).round().long()
     parts = [p for p in range(truth.present.shape[1]) if truth.present[:, p].any() and not truth.present[:, p].all()]
     chosen = {p: assigned.counts & (assigned.part == p) for p in parts}
@@ -198,7 +199,8 @@ def judge_occupancy(mixture: Mixture, latents: Tensor, label: Tensor, assigned: 
     result = []
     for p in parts:
         mass = assigned.mass[chosen[p]]
-        mean = (occupancy[:, chosen[p]] * mass).sum(1) / mass.sum()
+        mean = (occupancy[:, chosen[p]] * mass).sum(1)
+        mean /= mean.max()
         present = torch.from_numpy(truth.present[label[sample].numpy(), p])
         lumps = recovery.lumps(mean[:, None].double())
         result.append(

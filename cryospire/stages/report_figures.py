@@ -249,7 +249,7 @@ def occupancies(values: Array) -> Figure:
             ax.set_visible(False)
             continue
         ax.hist(values[:, k], np.linspace(0, 1, 41).tolist(), color=colour(k))
-        ax.set(title=f"part {k + 1}", xlabel="occupancy (fraction)", ylabel="particles")
+        ax.set(title=f"part {k + 1}", xlabel="occupancy (of the most)", ylabel="particles")
     return drawn
 
 

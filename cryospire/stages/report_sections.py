@@ -189,7 +189,7 @@ def trajectories(results: Results) -> str:
 
 
 def occupancy(results: Results) -> str:
-    """How often each part is there: mean occupancy over a sample of its Gaussians, for a sample of particles."""
+    """How often each part is there: mean occupancy over a sample of its Gaussians, of the most, for a sample of particles."""
     group = results.store("model")
     part = array(group, "anchors/part")[array(group, "gaussians/anchor")]
     z = array(group, "latents")
@@ -208,8 +208,10 @@ def occupancy(results: Results) -> str:
         batches = [mixture.occupancies(b, feature).mean(1) for b in torch.from_numpy(z).split(64)]
         columns.append(torch.cat(batches).numpy())
     values = np.stack(columns, 1)
+    values /= values.max(0)
     return page.text(
-        "Two humps mean that a part is absent from some particles; one hump near the top, that it is always there."
+        "Two humps mean that a part is absent from some particles; one hump near the top, that it is always there. What counts as whole is"
+        " the most that one of these particles shows of the part: images do not tell half the occupancy from half the density."
     ) + page.curve(figures.occupancies(values), f"Mean occupancy of each part in {len(z):,} particles.")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +30,7 @@ from cryospire.training.restarts import Drawings, nodes, restarted
 RESTARTS = (1 / 3, 2 / 3)  # of the epochs, after which latents may begin anew
 AGREE_EVERY = 10  # steps between the ranks' agreement on stopping and on a finite loss
 PROBE_EVERY = 8  # steps between estimates of the latents' Fisher information
+M_TRIM_THRESHOLD, M_MMAP_MAX, KEPT = -1, -4, 2**30  # malloc.h; bytes of freed memory that are kept
 RESUME = 75  # exit code of a run that saved itself and wants to be started again (EX_TEMPFAIL)
 
 
@@ -241,6 +244,16 @@ def _signals() -> Callable[[], bool]:
 
 def start_threads(threads: int) -> None:
     """CPU threads of this rank: as configured, or as the launcher says (OMP_NUM_THREADS), or every CPU this process may run on."""
-    import os
-
+    keep_memory()
     kernels.set_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+
+
+def keep_memory() -> None:
+    """Let malloc keep what is freed for the next step (glibc; elsewhere nothing happens).
+
+    By default arrays above 32 MiB, as those of a step are at box 256, go back to the system and come again page by page, all zeros.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, KEPT)

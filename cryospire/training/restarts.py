@@ -7,6 +7,7 @@ of a training.  Where another node explains an image better by more than the dra
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from cryospire.training.model import Mixture
 
 NODES = 64
 BOX = 32  # pixels of the drawings, which cover the field of the images
+WIDER = 0.4  # of these pixels: aliases stay below 0.2 %
 FINER = 2  # lattice of their transforms
 GAIN = 1.0  # in log-likelihood, for which a node is tried
 SAMPLE = 50_000  # latents among which nodes are placed
@@ -49,13 +51,20 @@ class Drawings:
     @staticmethod
     def of(model: Mixture, latent: Tensor, device: torch.device) -> Drawings:
         box = min(BOX, model.box)
+        pixel = model.pixel_size * model.box / box
         # A coefficient of an image is a sum over its pixels over their number along a side: it has the noise of a pixel.
         unit = (model.box / box) ** 3 * model.pixel_size / model.box
+        # Rendered in half these pixels, Gaussians are made wide enough to be sampled there; what that does to the transform is undone.
+        k = torch.fft.fftfreq(box)
+        sharp = torch.exp(2 * (math.pi * WIDER * k) ** 2)
+        undone = unit * sharp[:, None, None] * sharp[:, None] * sharp[: box // 2 + 1]
+        wide = (model.scale.square() + (WIDER * pixel) ** 2).sqrt()
         columns = []
         for z in latent.to(device):
             centre, amplitude, scale = model.forward_gaussians(z[None])
-            volume = fourier.crop(render_volume(centre[0], amplitude[0], scale, model.box, model.pixel_size), box, 3)
-            fine = pad(unit * volume / insertion.gridding(box, FINER * box, volume.dtype), [(FINER - 1) * box // 2] * 6)
+            drawn = render_volume(centre[0], amplitude[0] * (scale / wide) ** 3, wide, 2 * box, pixel / 2)
+            volume = fourier.irfft(fourier.rfft(fourier.crop(drawn, box, 3), 3) * undone, 3)
+            fine = pad(volume / insertion.gridding(box, FINER * box, volume.dtype), [(FINER - 1) * box // 2] * 6)
             transform = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(fine)))
             columns.append(torch.view_as_real(transform).reshape(-1, 2))
         table = torch.stack(columns, 2).flatten(1)  # real parts of all nodes, then imaginary ones

@@ -1,6 +1,7 @@
 """The loop: latents' Adam against torch's, resuming bit for bit, ranks against one process, damaged checkpoints."""
 
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -206,3 +207,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, particles: Path) -> None:
     with pytest.raises(InputError, match="not finite"):
         train(particles, tmp_path, lr_density=1e30, cutoff=2.0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
+def test_memory_of_a_step_is_kept_for_the_next() -> None:
+    code = """
+import resource, torch
+from cryospire.training.loop import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), print(faults()), keep_memory(), faults(), print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pages_of_new_memory, pages_of_kept_memory = map(int, done.stdout.split())
+    assert pages_of_kept_memory < 32 <= pages_of_new_memory  # 32 are the fewest: huge pages of 2 MiB
