@@ -58,10 +58,10 @@ class Drawings:
         k = torch.fft.fftfreq(box)
         sharp = torch.exp(2 * (math.pi * WIDER * k) ** 2)
         undone = unit * sharp[:, None, None] * sharp[:, None] * sharp[: box // 2 + 1]
-        wide = (model.scale.square() + (WIDER * pixel) ** 2).sqrt()
         columns = []
         for z in latent.to(device):
             centre, amplitude, scale = model.forward_gaussians(z[None])
+            wide = (scale.square() + (WIDER * pixel) ** 2).sqrt()
             drawn = render_volume(centre[0], amplitude[0] * (scale / wide) ** 3, wide, 2 * box, pixel / 2)
             volume = fourier.irfft(fourier.rfft(fourier.crop(drawn, box, 3), 3) * undone, 3)
             fine = pad(volume / insertion.gridding(box, FINER * box, volume.dtype), [(FINER - 1) * box // 2] * 6)
