@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cryospire.conventions import InputError
 
-OPERATIONAL = {"workers", "checkpoint_minutes", "memory_mib"}  # change how a stage runs, not what it writes
+OPERATIONAL = {"workers", "checkpoint_minutes"}  # change how a stage runs, not what it writes
 
 
 class Section(BaseModel):
@@ -80,7 +80,7 @@ class Training(Section):
     cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales")
     checkpoint_minutes: float = Field(10.0, ge=0, description="time between checkpoints inside an epoch; there is always one after an epoch")
     deterministic: bool = Field(False, description="GPU: deterministic algorithms only; CPU runs are always deterministic")
-    memory_mib: int = Field(512, ge=16, description="images held in memory by a rank while streaming")
+    memory_mib: int = Field(512, ge=16, description="images held in memory while streaming, over all ranks; as many are shuffled among each other")
 
 
 class Discover(Training):

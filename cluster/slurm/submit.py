@@ -3,7 +3,8 @@
 
     submit.py --site cluster/site.yaml JOBSCRIPT
 
-A job of the same outputs that is still in the queue is taken up again: after Snakemake was killed, no stage runs twice.
+A job of the same outputs that is still in the queue is taken up again: after Snakemake was killed, no stage runs twice.  One with other
+settings, from before the config was changed, is cancelled first: two would write one store.
 """
 
 import argparse
@@ -21,10 +22,18 @@ from cryospire.site.sbatch import flags
 from cryospire.site.settings import load
 
 
-def name_of(properties: dict[str, Any]) -> str:
-    """A name that only this rule with these outputs has."""
+def names_of(properties: dict[str, Any]) -> tuple[str, str]:
+    """How the names of all jobs of this rule with these outputs begin, and the name of one with these settings."""
     outputs = "\n".join(str(Path(p).resolve()) for p in properties["output"])
-    return f"cryospire-{properties['rule']}-{hashlib.blake2b(outputs.encode(), digest_size=6).hexdigest()}"
+    settings = str(properties.get("params", {}).get("settings", ""))
+    written, made = (hashlib.blake2b(text.encode(), digest_size=6).hexdigest() for text in (outputs, settings))
+    return f"cryospire-{properties['rule']}-{written}-", f"cryospire-{properties['rule']}-{written}-{made}"
+
+
+def queued(begin: str) -> dict[str, str]:
+    """Names of own jobs that are in the queue and begin so, by id."""
+    lines = patiently(["squeue", "-h", "--me", "--states=PD,R,CF,CG,S", "-o", "%i %j"]).splitlines()
+    return {job: name for job, name in (line.split(maxsplit=1) for line in lines) if name.startswith(begin)}
 
 
 def patiently(command: list[str], script: str | None = None) -> str:
@@ -53,10 +62,16 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"cryospire: error: {error}")
     properties = read_job_properties(str(args.jobscript))
-    name = name_of(properties)
-    waiting = patiently(["squeue", "-h", "--me", "--states=PD,R,CF,CG,S", "--name", name, "-o", "%i"]).split()
-    if waiting:
-        print(waiting[0])
+    begin, name = names_of(properties)
+    found = queued(begin)
+    for job in [job for job, other in found.items() if other != name]:
+        print(f"cryospire: job {job} has other settings than the config's: cancelled", file=sys.stderr)
+        patiently(["scancel", job])
+        while job in queued(begin):
+            time.sleep(1)
+    same = [job for job, other in found.items() if other == name]
+    if same:
+        print(same[0])
         return
     site.logs.mkdir(parents=True, exist_ok=True)
     exports = [f"export TMPDIR={site.tmpdir}"] if site.tmpdir else []

@@ -43,10 +43,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Need:
-    """Resources of one job; ``mem_mb`` is a node's, ``runtime`` is in minutes."""
+    """Resources of one job; ``mem_mb`` is a node's, ``runtime`` the limit to ask for, in minutes, ``hours`` what it may take."""
 
     mem_mb: int
     runtime: int
+    hours: float
     gpu: int = 0
     nodes: int = 1
     tasks: int = 1
@@ -63,17 +64,26 @@ def measure(config: Config) -> Data:
     if config.simulate is not None:
         particles, source = config.simulate.particles, config.simulate.box
     else:
-        particles, source = _table(config.particles)
+        particles, source = _table(config.particles, config.datadir)
+        if config.ind is not None and config.ind.is_file():
+            particles = min(particles, _listed(config.ind))
     return Data(particles, source, config.preprocess.box or source)
 
 
+def _listed(path: Path) -> int:
+    """Rows that a selection names: lines of a .txt; of a pickle the most that its bytes can hold, three or more to a number."""
+    if path.suffix == ".txt":
+        return sum(bool(line.strip()) for line in path.read_text().splitlines())
+    return path.stat().st_size // 3
+
+
 @lru_cache
-def _table(path: Path) -> tuple[int, int]:
+def _table(path: Path, datadir: Path | None) -> tuple[int, int]:
     """Rows of a particle table and the box of its images, read as cheaply as it can be; (0, 256) where there is no file."""
     if not path.is_file():
         return 0, 256
     if path.suffix == ".star":
-        return _star(path)
+        return _star(path, datadir)
     if path.suffix == ".cs":
         table = np.load(path, mmap_mode="r", allow_pickle=False)
         shape = table["blob/shape"][0] if "blob/shape" in (table.dtype.names or ()) else [256]
@@ -85,23 +95,27 @@ def _table(path: Path) -> tuple[int, int]:
     return _mrc(path)
 
 
-def _star(path: Path) -> tuple[int, int]:
-    rows, box, column, labels = 0, 256, -1, 0
+def _star(path: Path, datadir: Path | None) -> tuple[int, int]:
+    rows, box, first = 0, 0, ""
+    labels: list[str] = []
     with path.open(errors="replace") as file:
         for line in file:
             word = line.split()
             if not word or word[0].startswith(("#", "data_", "loop_")):
                 if word and word[0] == "loop_":
-                    rows, labels, column = 0, 0, -1
+                    rows, labels = 0, []
             elif word[0].startswith("_"):
-                if word[0] == "_rlnImageSize":
-                    column = labels
-                labels += 1
+                labels.append(word[0])
             else:
-                if 0 <= column < len(word) and rows == 0:
-                    box = int(float(word[column]))
+                if rows == 0:
+                    found = dict(zip(labels, word, strict=False))
+                    box = int(float(found.get("_rlnImageSize", box)))
+                    first = found.get("_rlnImageName", first)
                 rows += 1
-    return rows, box
+    # RELION 3.0 and older tell no box: the first stack does.
+    name = first.rpartition("@")[2]
+    stacks = [root / name for root in (datadir, path.parent, *path.absolute().parents, Path()) if root] if name and not box else []
+    return rows, box or next((_mrc(stack)[1] for stack in stacks if stack.is_file()), 256)
 
 
 def _mrc(path: Path) -> tuple[int, int]:
@@ -199,6 +213,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
     return Need(
         mem_mb=min(bound, round((BASE_MB + memory) * on_node * (1 + 0.5 * (attempt - 1)))),
         runtime=min(longest, (MINUTES + round(2 * seconds / 60)) * attempt),
+        hours=seconds / 3600,
         gpu=gpu, nodes=nodes, tasks=tasks, disk_mb=round(disk),
     )  # fmt: skip
 
@@ -223,6 +238,6 @@ def summary(config: Config, without: set[str], data: Data, site: Site | None, co
         lines.append(
             f"  {stage:<14} {n.mem_mb / 1000:7.1f} GB memory a node  {n.runtime:6d} min limit  {n.disk_mb / 1000:9.3f} GB disk  {where}"
         )
-    hours = sum(n.gpu * (n.runtime - MINUTES) / 2 / 60 for n in asked.values())
+    hours = sum(n.gpu * n.hours for n in asked.values())
     lines.append(f"  together {sum(n.disk_mb for n in asked.values()) / 1000:.2f} GB disk, about {hours:.1f} GPU-hours")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,13 @@ def _age(path: Path) -> float:
 
 
 def _renew(path: Path, token: str) -> None:
-    while _owner(path).get("token") == token:
-        path.touch()
+    """Until another's lock is there, or none.  A file system that fails for a while is asked again."""
+    while True:
+        with suppress(OSError):
+            owner = _owner(path)
+            if owner.get("token") != token and (owner or not path.exists()):
+                return
+            os.utime(path)
         time.sleep(RENEW)
 
 

@@ -43,7 +43,7 @@ class Site(Section):
     max_mem_mb: int = Field(0, ge=0, description="the largest memory of a node; 0: no bound")
     max_runtime: int = Field(1440, ge=1, description="the longest job, minutes")
 
-    mpi: str = Field("srun --mpi=pmi2", description="starts MPI ranks inside a job; mpiexec works as well")
+    mpi: str = Field("srun -K1 --mpi=pmi2", description="starts MPI ranks inside a job; -K1: all end when one dies; or mpiexec")
     srun_flags: str = Field("", description="flags of the srun that starts a training's ranks")
     prologue: list[str] = Field([], description="shell lines at the start of a job: module load ..., source ...")
     container: str = Field("", description="prefix of every command, as 'apptainer exec --nv cryospire.sif'")

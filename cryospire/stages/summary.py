@@ -11,6 +11,7 @@ import numpy as np
 
 from cryospire.conventions import InputError
 from cryospire.io import stores
+from cryospire.stages import status
 
 
 def run(results: Path) -> None:
@@ -26,7 +27,7 @@ def lines(results: Path) -> Iterator[str]:
     """Findings first, then places; a stage that has not run yet is left out."""
     for name, tell in {"particles": particles, "consensus": consensus, "parts": parts, "analysis": states}.items():
         path = results / f"{name}.zarr"
-        if path.exists():
+        if status.finished(path):
             yield f"{name:<12}{tell(stores.open_store(path, name))}"
     if (results / "evaluation.json").exists():
         yield from scores(json.loads((results / "evaluation.json").read_text()))

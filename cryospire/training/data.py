@@ -149,7 +149,8 @@ def batches(
     bounds = lane_bounds(len(data), all_lanes)
     per_lane = batch // all_lanes
     image_bytes = data.box**2 * data.images.dtype.itemsize
-    held = max(per_lane, memory_mib * 2**20 // (2 * len(lanes) * image_bytes))  # a group in use and the one read ahead
+    # Of each lane a group in use and the one read ahead.  A group is what is shuffled, so it must not depend on the number of ranks.
+    held = max(per_lane, memory_mib * 2**20 // (2 * all_lanes * image_bytes))
     sizes = np.diff(bounds)
     readers = [_lane_reader(data, int(bounds[k]), int(bounds[k + 1]), held, (seed, epoch, k), per_lane, first) for k in lanes]
     for step in range(first, steps_in_epoch(len(data), all_lanes, batch)):

@@ -230,7 +230,7 @@ def prior(model: Mixture, config: Training) -> Tensor:
 
 
 def _identity(config: Training) -> dict[str, Any]:
-    """What of the config a checkpoint must share: all but how often it is written and how much memory reading may take."""
+    """What of the config a checkpoint must share: all but how often it is written."""
     return {k: v for k, v in section(config).items() if k != "checkpoint_minutes"}
 
 

@@ -47,7 +47,7 @@ AccountingStorageType=accounting_storage/{accounting}
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={port_accounting}
 AccountingStoragePass={base}/run/munge.sock
-AccountingStorageTRES=gres/gpu
+{tres}
 JobCompType=jobcomp/none
 MinJobAge=300
 KillWait=5
@@ -145,6 +145,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         SLURM_CONF.format(
             host=socket.gethostname().split(".")[0], base=base, port=port, port1=port1, port2=port2, port_accounting=port_accounting,
             accounting="slurmdbd" if accounting else "none", gather="linux" if accounting else "none",
+            tres="AccountingStorageTRES=gres/gpu" if accounting else "",
         )
     )  # fmt: skip
     (base / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/tty[0-1]\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cryospire.site.settings import Site
 from cryospire.stages import report_usage
 
 from .conftest import ROOT, Slurm
@@ -26,17 +27,18 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def submit(slurm: Slurm, folder: Path, command: str, site: str = "{}", name: str = "job", **resources: object) -> str:
+def submit(slurm: Slurm, folder: Path, command: str, site: str = "{}", name: str = "job", settings: str = "", **resources: object) -> str:
     """Submit a command as Snakemake would; returns the job's id."""
     properties = {
         "rule": name,
         "output": [str(folder / f"{name}.out")],
+        "params": {"settings": settings},
         "threads": 1,
         "resources": {"mem_mb": 500, "runtime": 5} | resources,
     }
     script = write(folder / f"{name}.sh", f"#!/bin/sh\n# properties = {json.dumps(properties)}\ncd {folder}\n{command}\n")
     write(folder / "site.yaml", site)
-    return slurm.sh(f"{sys.executable} {SUBMIT} --site site.yaml {script}", cwd=folder).strip()
+    return slurm.sh(f"{sys.executable} {SUBMIT} --site site.yaml {script}", cwd=folder).splitlines()[0]
 
 
 def ends_as(slurm: Slurm, job: str, verdict: str, seconds: float = 60) -> None:
@@ -74,6 +76,31 @@ def test_a_killed_rank_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
     )
     job = submit(slurm, tmp_path, f"{LAUNCH} 2 2 1 {sys.executable} die.py", nodes=2, tasks=2)
     ends_as(slurm, job, "failed", 30)
+
+
+def test_a_killed_mpi_rank_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
+    """As when memory runs out: the others, who wait for it, must not keep their nodes until the time limit."""
+    write(
+        tmp_path / "die.py",
+        """
+        import os, signal
+        from mpi4py import MPI
+        if MPI.COMM_WORLD.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        MPI.COMM_WORLD.Barrier()
+        """,
+    )
+    job = submit(slurm, tmp_path, f"{Site().mpi} -N 2 -n 2 {sys.executable} die.py", nodes=2, tasks=2)
+    ends_as(slurm, job, "failed", 30)
+
+
+def test_a_job_is_taken_up_again_unless_its_settings_have_changed(slurm: Slurm, tmp_path: Path) -> None:
+    first = submit(slurm, tmp_path, "sleep 300", settings="lr: 1")
+    assert submit(slurm, tmp_path, "sleep 300", settings="lr: 1") == first
+    second = submit(slurm, tmp_path, "sleep 300", settings="lr: 2")
+    assert second != first
+    assert slurm.sh(f"squeue -h --states=all -j {first} -o %T").strip() == "CANCELLED"
+    slurm.sh(f"scancel {second}")
 
 
 def test_near_its_limit_a_training_saves_itself_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_rows_and_box_of_a_star_file(tmp_path: Path) -> None:
     assert estimate.measure(Config(particles=star)) == Data(3, 96, 96)
 
 
+def test_box_of_an_old_star_file_is_that_of_its_first_stack_and_rows_those_selected(tmp_path: Path) -> None:
+    """RELION 3.0: no optics table; image paths from the project's folder, two above the table's."""
+    folder = tmp_path / "Refine3D/job007"
+    folder.mkdir(parents=True)
+    (tmp_path / "a.mrcs").write_bytes(np.array([40, 40, 7], "<i4").tobytes() + bytes(1012))
+    (folder / "p.star").write_text("data_\n\nloop_\n_rlnAngleRot #1\n_rlnImageName #2\n" + "1.0 000001@a.mrcs\n" * 7)
+    (tmp_path / "kept.txt").write_text("0\n4\n5\n")
+    assert estimate.measure(Config(particles=folder / "p.star")) == Data(7, 40, 40)
+    assert estimate.measure(Config(particles=folder / "p.star", ind=tmp_path / "kept.txt")) == Data(3, 40, 40)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_rows_and_box_of_a_stack(tmp_path: Path, order: str) -> None:
     stack = tmp_path / "p.mrcs"
@@ -86,6 +97,12 @@ def test_summary_names_every_stage() -> None:
     text = estimate.summary(Config(), {"simulate", "evaluate"}, LARGE, Site(gpus_per_node=4))
     assert "preprocess" in text and "GPU-hours" in text and "1,000,000 particles" in text
     assert not any(name in text for name in ("simulate", "evaluate", "validate", "half"))
+
+
+def test_gpu_hours_are_not_cut_off_by_the_longest_job() -> None:
+    sites = [Site(gpus_per_node=4, ranks=1, max_runtime=minutes) for minutes in (60, 99_999)]
+    short, long = (estimate.summary(Config(), {"simulate"}, LARGE, site).splitlines()[-1] for site in sites)
+    assert short == long
 
 
 def test_both_halves_together_take_about_as_long_as_the_whole() -> None:

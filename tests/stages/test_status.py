@@ -59,7 +59,7 @@ def test_stores_made_with_other_settings_are_named(tmp_path: Path) -> None:
         if whole:
             stores.finish(group)
 
-    write("discovery.zarr", 3, section(config.discover) | {"memory_mib": 64})
+    write("discovery.zarr", 3, section(config.discover) | {"checkpoint_minutes": 64.0})
     write("parts.zarr", 3, section(config.parts) | {"anchors": 7, "max_parts": 3})
     write("model.zarr", 3, section(config.train) | {"epochs": 2}, whole=False)
     write("reconstruction.zarr", 4, {})

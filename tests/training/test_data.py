@@ -1,7 +1,9 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +36,17 @@ def test_global_batches_do_not_depend_on_ranks(data: Particles, ranks: int) -> N
     for one, parts in zip(alone, together, strict=True):
         assert np.array_equal(np.sort(one), np.sort(np.concatenate(parts)))
     assert np.array_equal(np.sort(np.concatenate(alone)), np.arange(len(data)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_nor_do_they_where_only_a_part_is_held_in_memory(tmp_path: Path, plant: Callable[..., Path], ranks: int) -> None:
+    """400 images in each of four lanes, of which 256 are held at once."""
+    images = torch.randn(1600, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = Particles(stores.open_store(plant(tmp_path / "particles.zarr", images, torch.eye(3).expand(1600, 3, 3), 4.0), "particles"))
+    each = 4 // ranks
+    alone, *together = (epoch(data, lanes, memory_mib=1) for lanes in (range(4), *(range(r, r + each) for r in range(0, 4, each))))
+    for one, parts in zip(alone, zip(*together, strict=True), strict=True):
+        assert np.array_equal(np.sort(one), np.sort(np.concatenate(parts)))
 
 
 @pytest.mark.parametrize("first", [1, 5, 9, 16])

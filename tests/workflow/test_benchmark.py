@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,11 +107,14 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
         model = {"latents": near | {"main_lump": {"mean": 1.0}}}
         file.write_text(json.dumps({"methods": {"consensus": entry, "stage 2": own}, "models": {"stage 2": model}}))
         files.append(file)
+    variant = tmp_path / "mixed-small-hard-seed0/rank-8/evaluation.json"  # the consensus needs no model: it is not one more seed
+    variant.parent.mkdir()
+    files.append(Path(shutil.copy(files[0], variant)))
     done = call("table", tmp_path / "table.csv", *files)
     assert done.returncode == 0, done.stderr
     rows = {r["method"]: r for r in csv.DictReader((tmp_path / "table.csv").open())}
-    assert set(rows) == {"consensus", "stage 2, base"}
-    assert rows["stage 2, base"]["dataset"] == "mixed-small-hard" and rows["stage 2, base"]["seeds"] == "3"
+    assert {method: row["seeds"] for method, row in rows.items()} == {"consensus": "3", "stage 2, base": "3", "stage 2, rank-8": "1"}
+    assert rows["stage 2, base"]["dataset"] == "mixed-small-hard"
     assert float(rows["consensus"]["auc"]) == pytest.approx(0.42) and float(rows["consensus"]["auc_spread"]) == pytest.approx(0.02)
     got = {name: rows["stage 2, base"][name] for name in ("per_image", "per_image_difference", "neighbours", "imbalance", "imbalance_back")}
     assert list(got.values()) == ["0.4000", "0.3000", "0.8000", "0.1000", "0.2000"] and rows["consensus"]["per_image"] == ""

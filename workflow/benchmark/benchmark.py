@@ -158,16 +158,17 @@ def numbers(method: dict[str, Any], model: dict[str, Any]) -> dict[str, float]:
 
 def table(output: Path, files: list[Path]) -> None:
     """Mean of every method over seeds, with the spread of seeds; a .csv and the same as Markdown beside it, and a figure."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for file in files:
-        dataset, _, _ = file.parent.parent.name.rpartition("-seed")
+        dataset, _, seed = file.parent.parent.name.rpartition("-seed")
         result = json.loads(file.read_text())
         for method, values in result["methods"].items():
             row = numbers(values, result.get("models", {}).get(method, {}))
             shown = method if not method.startswith("stage") else f"{method}, {file.parent.name}"
-            found[dataset, shown].append(row)
+            found[dataset, shown][seed] = row  # what needs no model comes again with every variant
     rows = []
-    for (dataset, method), seeds in sorted(found.items()):
+    for (dataset, method), of_seed in sorted(found.items()):
+        seeds = list(of_seed.values())
         row: dict[str, Any] = {"dataset": dataset, "method": method, "seeds": len(seeds)}
         for name in NAMES:
             values = np.array([s.get(name, np.nan) for s in seeds])
