@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,19 @@ class Site(Section):
     network_interface: str = Field("", description="interface of NCCL and gloo, as ib0; empty: their choice")
     master_port: int = Field(0, ge=0, description="port of rank 0; 0: from the job id, between 20000 and 31999")
     logs: Path = Field(Path("slurm_logs"), description="folder of the jobs' own output")
+
+    @property
+    def variables(self) -> str:
+        """What cluster/launch.sh and cluster/dask.sh want to know, as arguments of ``env``."""
+        values = {
+            "CRYOSPIRE_SRUN_FLAGS": self.srun_flags,
+            "CRYOSPIRE_REQUEUE_LIMIT": self.requeue_limit if self.requeue else 0,
+            "CRYOSPIRE_CONTAINER": self.container,
+            "MASTER_PORT": self.master_port or "",
+            "NCCL_SOCKET_IFNAME": self.network_interface,
+            "GLOO_SOCKET_IFNAME": self.network_interface,
+        }
+        return " ".join(f"{k}={shlex.quote(str(v))}" for k, v in values.items() if v != "")
 
 
 def load(path: Path) -> Site:

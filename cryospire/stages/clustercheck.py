@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -24,7 +25,9 @@ from cryospire.site.settings import Site
 
 SPEED_MIB = 64  # written and read for the speed of the file system
 SLOW = 50.0  # MiB/s
-SCHEDULERS = {"SLURM": "sbatch", "PBS": "qsub", "LSF": "bsub"}
+OF_NODES = ("node", "GPUs here", "C compiler", "MPI", "files")  # what is looked at on a node of a job as well
+SHAPE = ("--partition", "--nodes", "--ntasks", "--cpus-per-task", "--time", "--mem", "--gres", "--gpus", "--gpus-per-node")  # of a job
+SCHEDULERS = {"SLURM": "sbatch", "Grid Engine": "qconf", "PBS": "pbsnodes", "LSF": "bsub"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def run(site: Path, *, job: bool, launcher: Path) -> None:
     for check in checks:
         show(check)
     if job:
-        for check in between_nodes(own, launcher):
+        for check in between_nodes(own, site, launcher):
             show(check)
             checks.append(check)
     problems = [f"{c.what}: {c.problem}" for c in checks if c.problem]
@@ -54,7 +57,7 @@ def run(site: Path, *, job: bool, launcher: Path) -> None:
 
 def show(check: Check) -> None:
     print(
-        f"{'FAIL' if check.problem else 'ok  '}  {check.what:<12}{check.found}" + (f"  <- {check.problem}" if check.problem else ""),
+        f"{'FAIL' if check.problem else 'ok  '}  {check.what:<15}{check.found}" + (f"  <- {check.problem}" if check.problem else ""),
         flush=True,
     )
 
@@ -77,16 +80,17 @@ def here(site: Site, folder: Path) -> Iterator[Check]:
     inside = f", inside job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     yield Check("node", f"{os.uname().nodename}, {len(os.sched_getaffinity(0))} CPUs of {os.cpu_count()}{inside}")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield Check("GPUs here", ", ".join(names) or "none" + (" (a login node need not have any)" if site.gpus_per_node else ""))
+    blind = "torch sees none in this job; see gpu_request and envs/README.md" if inside and site.gpus_per_node and not names else ""
+    yield Check("GPUs here", ", ".join(names) or "none" + (" (a login node need not have any)" if site.gpus_per_node else ""), blind)
     if names and find_spec("triton"):
         compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
         yield Check("C compiler", compiler or "none", "" if compiler else "Triton needs one; load a module or install gcc")
     schedulers = [name for name, command in SCHEDULERS.items() if shutil.which(command)]
-    yield Check(
-        "scheduler", ", ".join(schedulers) or "none", "" if schedulers else "no sbatch, qsub or bsub on PATH; use the profile cluster/local"
-    )
+    none = "no sbatch, qconf, pbsnodes or bsub on PATH; use the profile cluster/local"
+    yield Check("scheduler", ", ".join(schedulers) or "none", "" if schedulers else none)
     if "SLURM" in schedulers:
         yield from partitions(site)
+        yield from requests(site)
     code, text = answer([sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version())"])
     yield Check("MPI", text.splitlines()[0] if text else "", "" if code == 0 else "mpi4py finds no MPI library")
     yield file_system(folder)
@@ -94,11 +98,12 @@ def here(site: Site, folder: Path) -> Iterator[Check]:
 
 def partitions(site: Site) -> Iterator[Check]:
     """Partitions of SLURM against what the site file asks for."""
-    code, text = answer(["sinfo", "-h", "-o", "%R|%D|%c|%m|%G|%l"])
+    code, text = answer(["sinfo", "-h", "-o", "%P|%D|%c|%m|%G|%l"])
     if code:
         yield Check("partitions", text, "sinfo does not answer")
         return
-    rows = [line.split("|") for line in text.splitlines()]
+    default = next((line.split("*|")[0] for line in text.splitlines() if "*|" in line), "")
+    rows = [line.replace("*|", "|", 1).split("|") for line in text.splitlines()]
     for name, nodes, cpus, memory, gres, limit in rows:
         yield Check("partition", f"{name}: {nodes} nodes of {cpus} CPUs, {memory} MB, {gres.replace('(null)', 'no GPUs')}, up to {limit}")
     known = {row[0] for row in rows}
@@ -107,8 +112,38 @@ def partitions(site: Site) -> Iterator[Check]:
         missing = set(filter(None, wanted.split(","))) - known
         if missing:
             yield Check(key, wanted, f"no partition {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
+    limits = {row[0]: minutes(row[5]) for row in rows}
+    for name in {site.partition or default, site.gpu_partition or site.partition or default} & known:
+        if site.max_runtime > limits[name]:
+            problem = f"partition {name} ends jobs after {limits[name]:.0f} minutes; jobs that ask for more would wait for ever"
+            yield Check("max_runtime", f"{site.max_runtime} minutes", problem)
     if site.gpus_per_node and not any("gpu" in row[4] for row in rows):
         yield Check("GPUs", f"gpus_per_node: {site.gpus_per_node}", "no partition shows GPUs")
+
+
+def minutes(limit: str) -> float:
+    """Minutes of a time limit as sinfo writes it: ``infinite``, or ``days-hours:minutes:seconds`` without what is zero in front."""
+    if limit == "infinite":
+        return math.inf
+    days, _, rest = limit.rpartition("-")
+    hours, m, seconds = ([0.0, 0.0] + [float(v) for v in rest.split(":")])[-3:]
+    return 1440 * float(days or 0) + 60 * hours + m + seconds / 60
+
+
+def requests(site: Site) -> Iterator[Check]:
+    """What jobs of this site ask for at most, as sbatch judges it; nothing is submitted."""
+    ranks = site.ranks_per_node or site.gpus_per_node or 1
+    shapes = {
+        "preprocess": (1, {"nodes": site.dask_nodes, "tasks": site.dask_workers}),
+        "trainings": (site.cpus_per_task, {"tasks": ranks, "gpu": site.gpus_per_node}),
+        "MPI stages": (site.cpus_per_task, {"tasks": site.mpi_ranks}),
+        "other stages": (site.cpus_per_task, {}),
+    }
+    for name, (threads, shape) in shapes.items():
+        asked = flags(site, "check", threads, {"mem_mb": site.max_mem_mb or 2000, "runtime": site.max_runtime} | shape)
+        code, text = answer(["sbatch", "--test-only", *asked, "--wrap=true"])
+        shown = " ".join(flag for flag in asked if flag.split("=")[0] in SHAPE)
+        yield Check(name, shown, f"sbatch refuses such a job: {text.splitlines()[-1] if text else code}" if code else "")
 
 
 def file_system(folder: Path) -> Check:
@@ -134,10 +169,12 @@ def file_system(folder: Path) -> Check:
     )
 
 
-def between_nodes(site: Site, launcher: Path) -> Iterator[Check]:
-    """A job on two nodes: ranks that meet and exchange, a file seen by both, MPI ranks that know of each other."""
+def between_nodes(site: Site, file: Path, launcher: Path) -> Iterator[Check]:
+    """A job on two nodes: what it sees, ranks that meet and exchange, a file seen by both, MPI ranks that know of each other."""
     if not launcher.is_file():
         raise InputError(f"{launcher}: no such file; run this from the folder that holds cluster/")
+    if not shutil.which("sbatch"):
+        raise InputError("--job: sends a job to SLURM, and there is no sbatch on PATH")
     folder = Path.cwd() / f".cryospire-check-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     gpu = 2 if site.gpus_per_node else 0
@@ -146,21 +183,30 @@ def between_nodes(site: Site, launcher: Path) -> Iterator[Check]:
         for f in flags(site, "check", 1, {"nodes": 2, "tasks": 2, "gpu": gpu, "mem_mb": 2000, "runtime": 10})
         if not f.startswith("--output")
     ]
-    program = shlex.join([sys.executable, "-m", "cryospire", "cluster", "probe", str(folder)])
-    mpi = f"{site.mpi} -n 2 {sys.executable} -c 'from mpi4py import MPI; print(\"MPI\", MPI.COMM_WORLD.size)'"
-    lines = ["#!/bin/bash", *site.prologue, f"{shlex.quote(str(launcher.resolve()))} 2 2 1 {program}", mpi]
+    path = shlex.quote(str(Path(sys.executable).parent))
+    scratch = [f"export TMPDIR={site.tmpdir}"] if site.tmpdir else []
+    probe = f"env {site.variables} {shlex.quote(str(launcher.resolve()))} 2 2 1 cryospire cluster probe {shlex.quote(str(folder))}"
+    mpi = f"{site.mpi} -n 2 {site.container} python -c 'from mpi4py import MPI; print(\"MPI\", MPI.COMM_WORLD.size)'"
+    inside = f"{site.container} cryospire cluster check --site {shlex.quote(str(file.resolve()))}"
+    lines = ["#!/bin/bash", *scratch, *site.prologue, f"export PATH={path}:$PATH", inside, probe, mpi]
     (folder / "job.sh").write_text("\n".join(lines) + "\n")
     try:
         code, text = answer(
             ["sbatch", "--wait", "--no-requeue", f"--output={folder}/out", *(f for f in own if f != "--requeue"), str(folder / "job.sh")],
             1800,
         )
-        out = (folder / "out").read_text() if (folder / "out").exists() else text
+        if not (folder / "out").exists():
+            yield Check("two nodes", " ".join(own), f"sbatch refuses the job: {text}")
+            return
+        out = (folder / "out").read_text()
+        for line in out.splitlines():
+            if line.startswith(("ok  ", "FAIL")) and (what := line[6:21].strip()) in OF_NODES:
+                found, _, problem = line[21:].partition("  <- ")
+                yield Check(f"job: {what}", found, problem)
         ranks = [line for line in out.splitlines() if line.startswith("rank ")]
         shown = "; ".join(sorted(ranks)) or (out.strip().splitlines() or [text])[-1]
-        yield Check(
-            "two nodes", shown, "" if len(ranks) == 2 else f"ranks did not meet (exit code {code}); see network_interface in the site file"
-        )
+        hint = f"ranks did not meet (exit code {code}); see network_interface, container and srun_flags in the site file"
+        yield Check("two nodes", shown, "" if len(ranks) == 2 else hint)
         sizes = [line.split()[1] for line in out.splitlines() if line.startswith("MPI ")]
         yield Check(
             "MPI ranks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -220,13 +221,32 @@ def test_a_preempted_job_is_a_failure_to_retry(slurm: Slurm, tmp_path: Path) -> 
 
 def test_cluster_check(slurm: Slurm, tmp_path: Path) -> None:
     """Between two nodes ranks meet by gloo, MPI ranks by pmi2; a partition that is not there is named."""
-    write(tmp_path / "site.yaml", "{partition: debug, mail_user: ''}")
+    write(tmp_path / "site.yaml", "{partition: debug, mail_user: '', cpus_per_task: 1, dask_workers: 4}")
     out = slurm.sh(f"cryospire cluster check --site site.yaml --job --launcher {LAUNCH}", cwd=tmp_path, timeout=120)
     assert "rank 0 of 2" in out and "rank 1 of 2" in out and "sees the other's file" in out
     assert "of a world of 2, 2" in out and "nothing found that would fail" in out
+    assert "job: node" in out and "inside job" in out
     write(tmp_path / "site.yaml", "partition: nowhere")
     out = slurm.sh("cryospire cluster check --site site.yaml; echo code $?", cwd=tmp_path)
     assert "no partition nowhere; there are cxl, debug, urgent" in out and "code 2" in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "job", "words"),
+    [
+        ("network_interface: nosuch0", "--job", "two nodes .*see network_interface"),
+        pytest.param("container: nosuch", "--job", "two nodes .*see .*container", marks=pytest.mark.slow),
+        ("max_runtime: 99999", "", "max_runtime .*partition debug ends jobs after 1440 minutes"),
+        ("gpus_per_node: 8", "", "trainings .*sbatch refuses such a job"),
+        ("mpi_ranks: 5", "", "MPI stages .*sbatch refuses such a job"),
+    ],
+)
+def test_cluster_check_names_what_would_fail(slurm: Slurm, tmp_path: Path, settings: str, job: str, words: str) -> None:
+    """On nodes of four CPUs and two GPUs, and of a day at most."""
+    write(tmp_path / "site.yaml", f"{{cpus_per_task: 1, dask_workers: 4, {settings}}}")
+    out = slurm.sh(f"cryospire cluster check --site site.yaml {job} --launcher {LAUNCH}; echo code $?", cwd=tmp_path, timeout=120)
+    failed = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) >= 1 and any(re.search(words, line) for line in failed) and "code 2" in out, out
 
 
 def test_every_start_of_a_job_is_in_the_accounts(accounted: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,17 +101,8 @@ def alone(wildcards, resources):
 
 def started_by(script, threads, resources):
     """A script in cluster/ with the shape of the job, and what the site wants it to know."""
-    variables = {
-        "CRYOSPIRE_SRUN_FLAGS": SITE.srun_flags,
-        "CRYOSPIRE_REQUEUE_LIMIT": SITE.requeue_limit if SITE.requeue else 0,
-        "CRYOSPIRE_CONTAINER": SITE.container,
-        "MASTER_PORT": SITE.master_port or "",
-        "NCCL_SOCKET_IFNAME": SITE.network_interface,
-        "GLOO_SOCKET_IFNAME": SITE.network_interface,
-    }
-    given = " ".join(f"{k}={shlex.quote(str(v))}" for k, v in variables.items() if v != "")
     path = Path(workflow.basedir) / "cluster" / script
-    return f"env {given} {path} {resources.nodes} {resources.tasks} {threads}"
+    return f"env {SITE.variables} {path} {resources.nodes} {resources.tasks} {threads}"
 
 
 def dask(wildcards, threads, resources):
