@@ -52,6 +52,14 @@ def patiently(command: list[str], script: str | None = None) -> str:
         time.sleep(3)
 
 
+def submitted(properties: dict[str, Any], job: str) -> None:
+    """Tell Snakemake the id of the job, and ``cryospire status`` beside the stage's log."""
+    for log in properties.get("log", []):
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        Path(log).with_suffix(".job").write_text(f"{job}\n")
+    print(job)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--site", type=Path, required=True)
@@ -71,7 +79,7 @@ def main() -> None:
             time.sleep(1)
     same = [job for job, other in found.items() if other == name]
     if same:
-        print(same[0])
+        submitted(properties, same[0])
         return
     site.logs.mkdir(parents=True, exist_ok=True)
     exports = [f"export TMPDIR={site.tmpdir}"] if site.tmpdir else []
@@ -83,7 +91,7 @@ def main() -> None:
         f"--job-name={name}",
         *flags(site, properties["rule"], properties["threads"], properties["resources"]),
     ]
-    print(patiently(command, script).split(";")[0])
+    submitted(properties, patiently(command, script).split(";")[0])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,14 @@ FRESH = 180.0  # s since the last line of a log or metrics after which an unfini
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: ``state`` is complete, running, failed, stopped or waiting; ``last`` its newest metrics record."""
+    """One stage: ``state`` is complete, running, queued (a job that SLURM has not started), failed, stopped or waiting (for other stages);
+    ``last`` its newest metrics record."""
 
     name: str
     state: str
     last: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
-    error: str = ""
+    remark: str = ""
 
     @property
     def left(self) -> float | None:
@@ -62,14 +65,26 @@ def newest(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {k: v for r in records if r.get("done", 0) <= done for k, v in r.items()}
 
 
-def read_stage(results: Path, name: str, now: float) -> Stage:
-    """State of one stage from what it has written; nothing is locked, nothing changed."""
+def pending() -> dict[str, str]:
+    """Own jobs that SLURM has not started, by id, and why not; none where there is no SLURM or it does not answer."""
+    try:
+        done = subprocess.run(["squeue", "-h", "--me", "--states=PD", "-o", "%i %r"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {job: reason for job, _, reason in (line.partition(" ") for line in done.stdout.splitlines())} if done.returncode == 0 else {}
+
+
+def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -> Stage:
+    """State of one stage from what it has written, and from the ``queue`` of jobs; nothing is locked, nothing changed."""
     target, log = results / STAGES[name], results / "logs" / f"{name}.log"
     metrics = results / "logs" / f"{name}.metrics.jsonl"
     records = read_metrics(metrics)
     last = newest(records)
     if finished(target):
         return Stage(name, "complete", last, records)
+    submitted = log.with_suffix(".job")  # by cluster/slurm/submit.py
+    if submitted.exists() and (job := submitted.read_text().strip()) in queue:
+        return Stage(name, "queued", last | {"job": job}, records, f"job {job} is in the queue ({queue[job]})")
     checkpoints = results / "checkpoints" / name
     traces = [p for p in (log, metrics, checkpoints, target) if p.exists()]
     if not traces:
@@ -95,10 +110,10 @@ def read(results: Path) -> list[Stage]:
     """All stages; simulate and evaluate only where the run has them."""
     if not results.is_dir():
         raise InputError(f"{results}: no such folder of results")
-    now = time.time()
-    found = [read_stage(results, name, now) for name in STAGES]
+    now, queue = time.time(), pending()
+    found = [read_stage(results, name, now, queue) for name in STAGES]
     for half in halves(results):
-        found += [replace(read_stage(half, name, now), name=f"{name} {half.name}") for name in estimate.OF_HALVES]
+        found += [replace(read_stage(half, name, now, queue), name=f"{name} {half.name}") for name in estimate.OF_HALVES]
     return [s for s in found if s.name not in ("simulate", "evaluate", "preflight", "validate") or s.state != "waiting"]
 
 
@@ -143,7 +158,7 @@ def run(results: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    colours = {"complete": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
+    colours = {"complete": "green", "running": "cyan", "queued": "blue", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
     stages = read(results)
     table = Table(title=str(results), title_justify="left", box=None, header_style="bold")
     for head in ("stage", "state", "done", "epoch", "loss", "images/s", "left", "GB", "node", "job"):
@@ -154,5 +169,5 @@ def run(results: Path) -> None:
     console = Console()
     console.print(table)
     for stage in stages:
-        if stage.error:
-            console.print(f"{stage.name}: {stage.error}", style=colours[stage.state], markup=False)
+        if stage.remark:
+            console.print(f"{stage.name}: {stage.remark}", style=colours[stage.state], markup=False)

@@ -34,6 +34,7 @@ def submit(slurm: Slurm, folder: Path, command: str, site: str = "{}", name: str
         "rule": name,
         "output": [str(folder / f"{name}.out")],
         "params": {"settings": settings},
+        "log": [str(folder / f"logs/{name}.log")],
         "threads": 1,
         "resources": {"mem_mb": 500, "runtime": 5} | resources,
     }
@@ -102,6 +103,17 @@ def test_a_job_is_taken_up_again_unless_its_settings_have_changed(slurm: Slurm, 
     assert second != first
     assert slurm.sh(f"squeue -h --states=all -j {first} -o %T").strip() == "CANCELLED"
     slurm.sh(f"scancel {second}")
+
+
+def test_status_tells_of_a_job_in_the_queue(slurm: Slurm, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "sleep 300", "{sbatch_flags: [--hold]}", name="train")
+    shown = slurm.sh(f"cryospire status {tmp_path}")
+    assert re.search(rf"train +queued .*{job}", shown) and f"train: job {job} is in the queue (JobHeldUser)" in shown
+    slurm.sh(f"scontrol release {job}")
+    slurm.until(f"squeue -h -j {job} -o %T", "RUNNING")
+    (tmp_path / "logs/train.log").write_text("train: 100 particles\n")
+    assert re.search(r"train +running", slurm.sh(f"cryospire status {tmp_path}"))
+    slurm.sh(f"scancel {job}")
 
 
 def test_near_its_limit_a_training_saves_itself_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:

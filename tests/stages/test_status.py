@@ -76,18 +76,18 @@ def test_a_long_first_epoch_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     metrics = tmp_path / "logs/train.metrics.jsonl"
     with Progress("train", 3000, metrics=metrics) as progress:
         progress.advance(10)
-        first = status.read_stage(tmp_path, "train", time.time())
+        first = status.read_stage(tmp_path, "train", time.time(), {})
         assert (first.state, first.last["done"], first.last["host"], first.last["job"]) == ("running", 10, "gpu07", "4711")
         progress.advance(990)
         progress.record(epoch=1, loss=212.5)
     with Progress("train", 3000, metrics=metrics) as progress:
         progress.skip(1000)
         progress.advance(10)
-    resumed = status.read_stage(tmp_path, "train", time.time()).last
+    resumed = status.read_stage(tmp_path, "train", time.time(), {}).last
     assert (resumed["done"], resumed["epoch"], resumed["loss"]) == (1010, 1, 212.5)
     with Progress("train", 3000, metrics=metrics) as progress:
         progress.advance(10)
-    assert "loss" not in status.read_stage(tmp_path, "train", time.time()).last
+    assert "loss" not in status.read_stage(tmp_path, "train", time.time(), {}).last
 
 
 def test_half_written_line_is_skipped(tmp_path: Path) -> None:
