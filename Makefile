@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-cluster lint bench bench-speed schema lock clean-demo
+.PHONY: demo test test-cluster lint bench bench-quality schema lock clean-demo
 
 # The lock is installed once, and again only when it has changed; no compiler is needed, every package is a wheel.
 .venv/locked: envs/cpu.lock
@@ -38,11 +38,11 @@ lint: .venv/installed
 	snakemake --lint --configfile workflow/config/demo.yaml
 
 # Speed of training on this machine, a few minutes.
-bench-speed: .venv/installed
+bench: .venv/installed
 	cryospire bench --output bench.json
 
 # The phantom at one level and one seed; every data set and level: workflow/benchmark/Snakefile without these.
-bench: .venv/installed
+bench-quality: .venv/installed
 	snakemake --snakefile workflow/benchmark/Snakefile --cores all --config datasets='[phantom]' levels='[hard]' seeds='[0]'
 
 schema: .venv/installed

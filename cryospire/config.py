@@ -77,7 +77,7 @@ class Training(Section):
     lr_z: float = Field(1.0, gt=0, description="latents: fraction of a natural-gradient (Newton) step a visit, in stage 2 falling like lr; each is visited once an epoch")
     lr_density: float = Field(0.02, gt=0, description="Adam, centres (pixels), log scales and relative amplitudes of the Gaussians")
     lanes: int = Field(8, ge=1, description="fixed division of the particles among ranks; the number of ranks must divide it, and so must the batch")
-    cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales")
+    cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales; of a peak at most exp(-cutoff^2 / 2) is left out, 1.1 % at 3")
     checkpoint_minutes: float = Field(10.0, ge=0, description="time between checkpoints inside an epoch; there is always one after an epoch")
     deterministic: bool = Field(False, description="GPU: deterministic algorithms only; CPU runs are always deterministic")
     memory_mib: int = Field(512, ge=16, description="images held in memory while streaming, over all ranks; as many are shuffled among each other")

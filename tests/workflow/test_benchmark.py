@@ -104,7 +104,8 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
         entry = {"auc": {"mean": area, "sd": 0.01}, "unmasked": {"mean": 0.3}, "difference": {"mean": area - 0.1}}
         own = entry | {"per_image": {"auc": {"mean": area - 0.02}, "difference": {"mean": area - 0.12}}}
         near = {"neighbours": {"similarity": [0.8, 0.6]}, "imbalance": {"latent_to_truth": 0.1, "truth_to_latent": 0.2}}
-        model = {"latents": near | {"main_lump": {"mean": 1.0}}}
+        found = {"motion": [{"error": 1.0, "centre_error": 2.0}, {"error": 3.0, "centre_error": 6.0}], "occupancy": [{"auc": 0.9}]}
+        model = found | {"latents": near | {"main_lump": {"mean": 1.0}, "leakage": {"pose": 0.02, "defocus": 0.03}}}
         file.write_text(json.dumps({"methods": {"consensus": entry, "stage 2": own}, "models": {"stage 2": model}}))
         files.append(file)
     variant = tmp_path / "mixed-small-hard-seed0/rank-8/evaluation.json"  # the consensus needs no model: it is not one more seed
@@ -118,6 +119,8 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     assert float(rows["consensus"]["auc"]) == pytest.approx(0.42) and float(rows["consensus"]["auc_spread"]) == pytest.approx(0.02)
     got = {name: rows["stage 2, base"][name] for name in ("per_image", "per_image_difference", "neighbours", "imbalance", "imbalance_back")}
     assert list(got.values()) == ["0.4000", "0.3000", "0.8000", "0.1000", "0.2000"] and rows["consensus"]["per_image"] == ""
+    own = rows["stage 2, base"]
+    assert [own[name] for name in ("turn_error", "centre_error", "occupancy_auc", "leakage")] == ["2.0000", "4.0000", "0.9000", "0.0300"]
     assert "0.3200 (0.0200)" in (tmp_path / "table.md").read_text() and (tmp_path / "table.png").exists()
 
 

@@ -31,7 +31,7 @@ from cryospire.io import metadata_pkl, mrc, stores
 COLUMNS = ("auc", "unmasked", "difference")
 NAMES = [
     *COLUMNS, "states_sd", "per_image", "per_image_difference", "between_over_within", "main_lump", "neighbours", "imbalance",
-    "imbalance_back", "parts_ari",
+    "imbalance_back", "parts_ari", "turn_error", "centre_error", "occupancy_auc", "leakage",
 ]  # fmt: skip
 
 
@@ -153,6 +153,12 @@ def numbers(method: dict[str, Any], model: dict[str, Any]) -> dict[str, float]:
         row["imbalance_back"] = latents["imbalance"]["truth_to_latent"]
     if "parts" in model:
         row["parts_ari"] = model["parts"]["adjusted_rand_index"]
+    if moving := model.get("motion"):  # degrees and Å, of all parts that move
+        row |= {"turn_error": np.mean([p["error"] for p in moving]), "centre_error": np.mean([p["centre_error"] for p in moving])}
+    if changing := model.get("occupancy"):
+        row["occupancy_auc"] = np.mean([p["auc"] for p in changing])
+    if "leakage" in latents:
+        row["leakage"] = max(latents["leakage"].values())
     return row
 
 
