@@ -143,11 +143,11 @@ class Scene:
     anchor: NDArray[np.integer[Any]]
 
     def at(self, latent: Array) -> tuple[Array, Array]:
-        """Centres (G, 3) Å in the frame of the maps (voxel 0 at 0) and occupancies (G,) at one latent."""
+        """Centres (G, 3) Å in the frame of the maps (voxel 0 at 0) and occupancies (G,) at one latent, below 0 where negative."""
         z = torch.as_tensor(latent)[None]
         occupancy = self.mixture.occupancies(z, self.mixture.features)
         centre = self.mixture.forward_gaussians(z)[0][0] + self.mixture.box // 2 * self.mixture.pixel_size
-        return centre.numpy(), occupancy[0].numpy()
+        return centre.numpy(), (occupancy[0] * self.mixture.relative_amplitude.sign()).numpy()
 
     @property
     def mass(self) -> NDArray[np.float64]:
@@ -161,7 +161,10 @@ class Scene:
 
 def write_gaussians(scene: Scene, state: Array, lines: Array, seed: int) -> None:
     """``gaussians.pdb`` at the largest state; for each trajectory a .pdb with one MODEL a step, and arrows from first to last."""
-    remarks = ["A pseudo-atom for each Gaussian: chain = part, residue name = anchor,", "B-factor column = scale in Angstrom"]
+    remarks = [
+        "A pseudo-atom for each Gaussian: chain = part, residue name = anchor, B-factor column = scale",
+        "in Angstrom; one with negative occupancy takes density away",
+    ]
     chimerax.write_pdb(scene.folder / "gaussians.pdb", [scene.pdb(state)], remarks)
     mass = scene.mass
     rng = np.random.default_rng([seed, 3])

@@ -25,6 +25,9 @@ WARM_SAMPLE = 512  # Gaussians whose occupancy is fitted in a step: all of a par
 PRESENT = 0.95  # occupancy of what is there
 WORSE = 0.1  # of what stage 1 has gained after its first epoch; less is overfitting, of which stage 1 does more
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
+# One of so many takes density away from the start: a density of limited resolution is negative beside its peaks, and in training
+# hardly a Gaussian changes its sign.
+NEGATIVE = 10
 
 
 def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output: Path, half: int = 0, force: bool = False) -> None:
@@ -78,7 +81,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:
     """The fine mixture, every part as it is at its reference shape, and the coarse parent (G,) of each of its Gaussians.
 
-    A coarse Gaussian is replaced by children in proportion to its mass, spread so that their sum keeps its width.
+    A coarse Gaussian is replaced by children in proportion to its mass, spread so that their sum keeps its width and, on average, mass.
     """
     settings = config.train
     rng = np.random.default_rng((config.seed, 5))
@@ -95,6 +98,7 @@ def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size
     spread = np.sqrt(np.clip(scale[parent] ** 2 - child_scale**2, 0, None))
     centre = stores.read(division, "position")[parent] + spread[:, None] * rng.standard_normal((len(parent), 3))
     child_amplitude = amplitude[parent] * (scale[parent] / child_scale) ** 3 / children
+    child_amplitude *= np.where(np.arange(len(parent)) % NEGATIVE == 0, -1, 1) / (1 - 2 / NEGATIVE)
 
     model = Mixture(settings, coarse.latent, coarse.feature.shape[1], settings.gaussians, box, pixel_size, sizes.tolist())
     model.place(torch.from_numpy(centre).float(), torch.from_numpy(child_scale).float(), torch.from_numpy(child_amplitude).float())
