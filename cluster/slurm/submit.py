@@ -27,7 +27,8 @@ def names_of(properties: dict[str, Any]) -> tuple[str, str]:
     outputs = "\n".join(str(Path(p).resolve()) for p in properties["output"])
     settings = str(properties.get("params", {}).get("settings", ""))
     written, made = (hashlib.blake2b(text.encode(), digest_size=6).hexdigest() for text in (outputs, settings))
-    return f"cryospire-{properties['rule']}-{written}-", f"cryospire-{properties['rule']}-{written}-{made}"
+    begin = f"cryospire-{properties['rule']}-{written}-"
+    return begin, begin + made
 
 
 def queued(begin: str) -> dict[str, str]:
@@ -82,9 +83,8 @@ def main() -> None:
         submitted(properties, same[0])
         return
     site.logs.mkdir(parents=True, exist_ok=True)
-    exports = [f"export TMPDIR={site.tmpdir}"] if site.tmpdir else []
     shebang, rest = args.jobscript.read_text().split("\n", 1)
-    script = "\n".join([shebang, *exports, *site.prologue, rest])
+    script = "\n".join([shebang, *site.opening, rest])
     command = [
         "sbatch",
         "--parsable",

@@ -54,6 +54,11 @@ class Site(Section):
     logs: Path = Field(Path("slurm_logs"), description="folder of the jobs' own output")
 
     @property
+    def opening(self) -> list[str]:
+        """First lines of every job."""
+        return [*([f"export TMPDIR={self.tmpdir}"] if self.tmpdir else []), *self.prologue]
+
+    @property
     def variables(self) -> str:
         """What cluster/launch.sh and cluster/dask.sh want to know, as arguments of ``env``."""
         values = {

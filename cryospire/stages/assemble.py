@@ -143,7 +143,7 @@ class Scene:
     anchor: NDArray[np.integer[Any]]
 
     def at(self, latent: Array) -> tuple[Array, Array]:
-        """Centres (G, 3) Å in the frame of the maps (voxel 0 at 0) and occupancies (G,) at one latent, below 0 where negative."""
+        """Centres (G, 3) Å in the frame of the maps (voxel 0 at 0) and occupancies (G,) at one latent, signed as the density."""
         z = torch.as_tensor(latent)[None]
         occupancy = self.mixture.occupancies(z, self.mixture.features)
         centre = self.mixture.forward_gaussians(z)[0][0] + self.mixture.box // 2 * self.mixture.pixel_size

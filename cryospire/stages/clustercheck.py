@@ -113,9 +113,10 @@ def partitions(site: Site) -> Iterator[Check]:
         if missing:
             yield Check(key, wanted, f"no partition {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
     limits = {row[0]: minutes(row[5]) for row in rows}
-    for name in {site.partition or default, site.gpu_partition or site.partition or default} & known:
-        if site.max_runtime > limits[name]:
-            problem = f"partition {name} ends jobs after {limits[name]:.0f} minutes; jobs that ask for more would wait for ever"
+    for wanted in sorted({site.partition or default, site.gpu_partition or site.partition or default}):
+        longest = max((limits[name] for name in wanted.split(",") if name in limits), default=math.inf)
+        if site.max_runtime > longest:
+            problem = f"partition {wanted} ends jobs after {longest:.0f} minutes; jobs that ask for more would wait for ever"
             yield Check("max_runtime", f"{site.max_runtime} minutes", problem)
     if site.gpus_per_node and not any("gpu" in row[4] for row in rows):
         yield Check("GPUs", f"gpus_per_node: {site.gpus_per_node}", "no partition shows GPUs")
@@ -184,11 +185,10 @@ def between_nodes(site: Site, file: Path, launcher: Path) -> Iterator[Check]:
         if not f.startswith("--output")
     ]
     path = shlex.quote(str(Path(sys.executable).parent))
-    scratch = [f"export TMPDIR={site.tmpdir}"] if site.tmpdir else []
     probe = f"env {site.variables} {shlex.quote(str(launcher.resolve()))} 2 2 1 cryospire cluster probe {shlex.quote(str(folder))}"
     mpi = f"{site.mpi} -n 2 {site.container} python -c 'from mpi4py import MPI; print(\"MPI\", MPI.COMM_WORLD.size)'"
     inside = f"{site.container} cryospire cluster check --site {shlex.quote(str(file.resolve()))}"
-    lines = ["#!/bin/bash", *scratch, *site.prologue, f"export PATH={path}:$PATH", inside, probe, mpi]
+    lines = ["#!/bin/bash", *site.opening, f"export PATH={path}:$PATH", inside, probe, mpi]
     (folder / "job.sh").write_text("\n".join(lines) + "\n")
     try:
         code, text = answer(
