@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from cryospire.maths.fourier import radial_mean, window
 
 
+@lru_cache(maxsize=8)
 def background(box: int) -> Tensor:
     """Weights (box, box) of background pixels: 0 within 0.85 of the half box, rising to 1 at 0.99."""
     return 1 - window(box)
@@ -16,7 +19,7 @@ def background(box: int) -> Tensor:
 def level(images: Tensor) -> Tensor:
     """Mean background (n, 1, 1) of images (n, box, box)."""
     weight = background(images.shape[-1]).to(images)
-    return (images.flatten(1) @ (weight / weight.sum()).flatten())[:, None, None]
+    return (images.flatten(1) @ weight.flatten() / weight.sum())[:, None, None]
 
 
 def background_power(images: Tensor) -> Tensor:

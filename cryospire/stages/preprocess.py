@@ -174,17 +174,14 @@ def _stack(path: Path) -> Array:
 
 def read_images(rows: Rows) -> Tensor:
     """Images (n, box, box), float32, of rows of one box.  Raises InputError at one that is not finite, or constant."""
-    out: NDArray[np.float32] | None = None
+    shape = _stack(rows.paths[int(rows.stack[0])]).shape[1:]
+    out = np.empty((len(rows.stack), *shape), np.float32)
     for i, (stack, index) in enumerate(zip(rows.stack, rows.index, strict=True)):
-        image = _stack(rows.paths[int(stack)])[index].astype(np.float32)
-        low, high = float(image.min()), float(image.max())
-        if not np.isfinite(low + high) or low == high:
-            what = f"is constant ({low:g})" if low == high else "holds values that are not finite"
-            raise InputError(f"{rows.paths[int(stack)]}: image {index + 1} (row {rows.row[i] + 1} of {rows.table}) {what}")
-        if out is None:
-            out = np.empty((len(rows.stack), *image.shape), np.float32)
-        out[i] = image
-    assert out is not None
+        out[i] = _stack(rows.paths[int(stack)])[index]
+    low, high = out.min((1, 2)), out.max((1, 2))
+    for i in np.flatnonzero(~np.isfinite(low + high) | (low == high))[:1]:
+        what = f"is constant ({low[i]:g})" if low[i] == high[i] else "holds values that are not finite"
+        raise InputError(f"{rows.paths[int(rows.stack[i])]}: image {rows.index[i] + 1} (row {rows.row[i] + 1} of {rows.table}) {what}")
     return torch.from_numpy(out)
 
 
@@ -267,10 +264,13 @@ def make_shard(store: Path, k: int, rows: Rows, recipe: Recipe) -> tuple[int, fl
     for start in range(0, len(out), step):
         batch = rows.take(slice(start, start + step))
         for g in np.unique(batch.group):
-            here = torch.from_numpy(np.flatnonzero(batch.group == g))
-            images = transform(read_images(batch.take(here.numpy())), int(g), recipe)
-            total += float(images.square().mean((1, 2)).sum())
-            values[start + here] = images.to(values.dtype)
+            here = np.flatnonzero(batch.group == g)
+            images = transform(read_images(batch.take(here)), int(g), recipe)
+            total += float(torch.dot(images.flatten(), images.flatten())) / images[0].numel()
+            if len(here) == len(batch.group):  # all of one group: without a detour
+                values[start : start + step].copy_(images)
+            else:
+                values[start + torch.from_numpy(here)] = images.to(values.dtype)
     write_shard(array, k, out)
     return len(out), total / len(out)
 
