@@ -57,6 +57,23 @@ def test_peers_need_only_the_images_and_use_the_environments_they_are_given(tmp_
     assert "cryoDRGN 4.3.1 train_vae, 3 epochs, networks of 128" in printed  # the table says with which settings
 
 
+def test_a_variant_begins_with_what_it_shares_with_the_base(tmp_path: Path) -> None:
+    """Of the stages before the first section of the config that it changes; alone it makes everything itself."""
+    run = f"{tmp_path}/mixed-small-hard-seed0"
+    common = ("--printshellcmds", "--config", f"output={tmp_path}", "datasets=[mixed]", "levels=[hard]", "seeds=[0]", "ceiling=0")
+
+    def linked(variants: str) -> list[str]:
+        printed = plan(*common, f"variants={variants}")
+        loops = [line.partition("for made in ")[2].partition(";")[0] for line in printed.splitlines() if "for made in" in line]
+        return [loop.replace(f"{run}/base/", "").strip() for loop in loops]
+
+    first = "preflight.* particles.zarr consensus.zarr consensus_*.mrc"
+    assert linked("[base,latent-2]") == ["", first]
+    assert linked("[base,random-parts]") == ["", f"{first} discovery.zarr"]
+    assert linked("[base,no-anchor-motion]") == ["", f"{first} discovery.zarr parts.zarr parts_masks"]
+    assert linked("[no-anchor-motion]") == [""]
+
+
 @pytest.mark.parametrize("dataset", ["igg-1d", "igg-rl", "assembly", "mixed", "phantom"])
 def test_configs_keep_the_energy_and_the_change(tmp_path: Path, dataset: str) -> None:
     own = ROOT / f"workflow/benchmark/{dataset}.yaml"
