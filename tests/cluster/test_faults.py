@@ -208,6 +208,20 @@ def test_a_rank_killed_in_mid_epoch(slurm: Slurm, run: Path, snakemake: Workflow
     same(run, undisturbed)
 
 
+@pytest.mark.parametrize("partition", ["debug", pytest.param("cxl", marks=pytest.mark.slow)])
+def test_a_training_is_preempted(slurm: Slurm, run: Path, snakemake: Workflow, undisturbed: Result, partition: str) -> None:
+    """By a job of a partition that goes first.  SLURM puts it back in the queue (debug) or cancels it, and Snakemake submits another."""
+    (run / "cluster/site.yaml").write_text(yaml.safe_dump(SITE | {"partition": partition}))
+    process = snakemake()
+    job = in_epoch(slurm, run, 3)
+    urgent = submit(slurm, run, "sleep 3", "{partition: urgent, requeue: false}", name="urgent", nodes=2, tasks=8, mem_mb=4000)
+    ends_as(slurm, urgent, "success", 60)
+    ends_well(run, process)
+    assert len(submissions(slurm, job)) == (1 if partition == "debug" else 2)
+    assert "discover: resumed at epoch" in (run / "results/logs/discover.log").read_text()
+    same(run, undisturbed)
+
+
 @pytest.mark.parametrize("ended", [pytest.param(False, marks=pytest.mark.slow), True], ids=["running", "ended"])
 def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: Workflow, undisturbed: Result, ended: bool) -> None:
     """The job lives on; the next Snakemake takes it up, or takes its output where it has ended meanwhile; it was submitted once."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,6 +21,7 @@ from cryospire.stages import report_usage
 from .conftest import ROOT, Slurm
 
 LAUNCH = ROOT / "cluster" / "launch.sh"
+DASK = ROOT / "cluster" / "dask.sh"
 SUBMIT = ROOT / "cluster" / "slurm" / "submit.py"
 STATUS = ROOT / "cluster" / "slurm" / "status.py"
 
@@ -94,6 +97,27 @@ def test_a_killed_mpi_rank_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
     )
     job = submit(slurm, tmp_path, f"{Site().mpi} -N 2 -n 2 {sys.executable} die.py", nodes=2, tasks=2)
     ends_as(slurm, job, "failed", 30)
+
+
+def test_a_killed_dask_worker_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
+    """The command would wait for its task as long as there is time."""
+    write(
+        tmp_path / "wait.py",
+        """
+        import os, time
+        from dask.distributed import Client
+        def work():
+            open("pid", "w").write(str(os.getpid()))
+            os.rename("pid", "worker")
+            time.sleep(300)
+        Client(os.environ["DASK_SCHEDULER_ADDRESS"]).submit(work).result()
+        """,
+    )
+    job = submit(slurm, tmp_path, f"{DASK} 2 2 1 {sys.executable} wait.py > said 2>&1", nodes=2, tasks=2)
+    slurm.until(f"ls {tmp_path}", "worker\n")
+    os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
+    ends_as(slurm, job, "failed", 60)
+    assert "before the command did" in (tmp_path / "said").read_text()
 
 
 def test_a_job_is_taken_up_again_unless_its_settings_have_changed(slurm: Slurm, tmp_path: Path) -> None:
