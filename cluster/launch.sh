@@ -49,8 +49,9 @@ elif [ "$tasks" = 1 ]; then
     # shellcheck disable=SC2086
     exec ${CRYOSPIRE_CONTAINER:-} "$@"
 elif [ "$nodes" = 1 ]; then
+    handed_on=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # to the ranks, which save themselves
     # shellcheck disable=SC2086
-    exec ${CRYOSPIRE_CONTAINER:-} torchrun --standalone --nproc-per-node="$tasks" --no-python "$@"
+    exec ${CRYOSPIRE_CONTAINER:-} torchrun --standalone --nproc-per-node="$tasks" --no-python --signals-to-handle "$handed_on" "$@"
 else
     MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
     export MASTER_ADDR

@@ -9,6 +9,7 @@ set -euo pipefail
 FLAGS=()                      # as (-q long -P cryo)
 PE_NODE=smp PE_NODES=mpi      # Grid Engine: parallel environments on one node and over several
 GPU=gpu                       # Grid Engine: the complex that counts GPUs, of a job and not of a slot (consumable JOB)
+BEFORE=120                    # seconds before its time limit at which a training is signalled, to save itself (PBS only sends SIGTERM at the limit)
 logs=cluster_logs
 ask=$1
 shift
@@ -21,6 +22,13 @@ else
     scheduler=pbs
 fi
 
+# The signal comes to all processes of a job, but is for the training, which asks for it.
+deaf() {
+    head -n 1 "$1"
+    echo "trap '' USR1"
+    tail -n +2 "$1"
+}
+
 submit() {
     local nodes=$1 tasks=$2 cpus=$3 gpus=$4 mem=$5 minutes=$6 name=$7 script=$8
     local each=$(((tasks + nodes - 1) / nodes)) slots=$((tasks * cpus))
@@ -32,20 +40,29 @@ submit() {
                 -l "select=$nodes:ncpus=$here:mpiprocs=$each:mem=${mem}mb$([ "$gpus" = 0 ] || echo ":ngpus=$gpus_here")" "$script"
             ;;
         sge) # memory is counted for every slot
-            local needs=(-l "h_rt=$((minutes * 60)),mem_free=$(((mem + here - 1) / here))M")
+            local needs=(-l "h_rt=$((minutes * 60)),s_rt=$((minutes * 60 - BEFORE)),mem_free=$(((mem + here - 1) / here))M")
             [ "$gpus" = 0 ] || needs+=(-l "$GPU=$gpus")
             [ "$slots" = 1 ] || needs+=(-pe "$([ "$nodes" = 1 ] && echo $PE_NODE || echo $PE_NODES)" "$slots")
-            qsub -terse -N "$name" -V -cwd -S /bin/bash -j y -o "$logs/" "${FLAGS[@]}" "${needs[@]}" "$script"
+            qsub -terse -N "$name" -V -cwd -S /bin/bash -j y -o "$logs/" "${FLAGS[@]}" "${needs[@]}" < <(deaf "$script")
             ;;
         lsf)
-            local needs=(-n "$slots" -R "span[ptile=$here] rusage[mem=$mem]" -W "$minutes")
+            local needs=(-n "$slots" -R "span[ptile=$here] rusage[mem=$mem]" -W "$minutes" -wa USR1 -wt $((BEFORE / 60)))
             [ "$gpus" = 0 ] || needs+=(-gpu "num=$gpus_here")
-            bsub -J "$name" -o "$logs/$name-%J.log" "${FLAGS[@]}" "${needs[@]}" <"$script" | sed -n 's/^Job <\([0-9]*\)>.*/\1/p'
+            bsub -J "$name" -o "$logs/$name-%J.log" "${FLAGS[@]}" "${needs[@]}" < <(deaf "$script") | sed -n 's/^Job <\([0-9]*\)>.*/\1/p'
             ;;
     esac
 }
 
 status() {
+    local verdict id=${1%%[!0-9]*}
+    verdict=$(judged "$1")
+    if [ "$verdict" = failed ]; then
+        echo "job $1: its own log is $(find "$logs" -regextype posix-extended -regex "(.*[^0-9])?$id([^0-9].*)?")" >&2
+    fi
+    echo "$verdict"
+}
+
+judged() {
     local shown state code
     case $scheduler in
         pbs)

@@ -329,7 +329,7 @@ def test_a_job_that_the_controller_has_forgotten(accounted: Slurm, tmp_path: Pat
     ("program", "expected"),
     [
         ("qsub", "-l walltime=2:05:00 -l place=scatter -l select=2:ncpus=16:mpiprocs=4:mem=64000mb:ngpus=4"),
-        ("bsub", "-n 32 -R span[ptile=16] rusage[mem=64000] -W 125 -gpu num=4"),
+        ("bsub", "-n 32 -R span[ptile=16] rusage[mem=64000] -W 125 -wa USR1 -wt 2 -gpu num=4"),
     ],
     ids=["PBS", "LSF"],
 )
@@ -339,7 +339,7 @@ def test_what_other_schedulers_are_asked_for(tmp_path: Path, program: str, expec
     recorder.chmod(0o755)
     script = write(tmp_path / "job.sh", "true\n")
     command = [str(ROOT / "cluster/generic/scheduler.sh"), "submit", "2", "8", "4", "8", "64000", "125", "train", str(script)]
-    for tool in ("bash", "mkdir", "sed", "cat"):
+    for tool in ("bash", "mkdir", "sed", "cat", "head", "tail"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
     assert expected in (tmp_path / "asked").read_text()
