@@ -306,7 +306,7 @@ def scaling(
     number: Annotated[int, typer.Option("--stage", min=1, max=2, help="1: discover, 2: train")] = 2,
     gaussians: Annotated[int, typer.Option(min=8)] = 8192,
     box: Annotated[int, typer.Option(min=16)] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="images")] = 128,
+    batch: Annotated[int, typer.Option(min=8, help="images")] = 128,
     device: Annotated[tuple[float, float] | None, typer.Option(help="of another device: ms a step, ms an image")] = None,
 ) -> None:
     """Step time on 1 and 2 ranks here, and what a model of compute and communication gives for up to 64."""

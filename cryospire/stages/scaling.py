@@ -30,7 +30,6 @@ from cryospire.training import loop
 from cryospire.training.distributed import Team, team
 from cryospire.training.model import Mixture
 
-BATCHES = (4, 8, 16, 32)  # images of a step, of the fit
 PAYLOADS = (1_000, 250_000, 1_000_000)  # floats, of the measured all-reduce
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -43,6 +42,11 @@ class Size:
     gaussians: int
     box: int
     batch: int
+
+    @property
+    def batches(self) -> list[int]:
+        """Images of the steps that are measured, over all ranks: up to a whole batch, since those of 32 tell little of 128."""
+        return [self.batch >> k for k in (4, 3, 2, 1, 0) if self.batch >> k > 1]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def run(output: Path, *, latency_us: float, gbit: float, size: Size, step: tuple
     if output.suffix != ".json":
         raise InputError(f"{output}: the result is a .json; the figure goes beside it")
     one, two = (measured(ranks, size, seconds) for ranks in (1, 2))
-    slope, intercept = np.polyfit(BATCHES, [one["step"][str(b)] for b in BATCHES], 1)
+    slope, intercept = np.polyfit(size.batches, [one["step"][str(b)] for b in size.batches], 1)
     overhead, image = step or (max(0.0, float(intercept)), float(slope))
     cost = np.polyfit([4 * n for n in PAYLOADS], [two["reduce"][str(n)] - one["reduce"][str(n)] for n in PAYLOADS], 1)
     law = Law(overhead, image, one["bytes"], latency_us * 1e-6, gbit * 1e9 / 8)
@@ -113,14 +117,15 @@ def measured(ranks: int, size: Size, seconds: float) -> dict[str, Any]:
 
 def probe(result: Path, size: Size, seconds: float) -> None:
     """One rank: steps of several sizes, and all-reduces alone; rank 0 writes what it took."""
+    loop.keep_memory()
     with team() as ranks:
         model, config = mixture(size)
         model.to(ranks.device)
         wrapped = ranks.wrap(model)
         adam = loop.optimizer(model, config)
         found: dict[str, Any] = {"bytes": sum(p.nbytes for p in model.parameters()), "step": {}, "reduce": {}}
-        for batch in BATCHES:
-            inputs = data(max(1, batch // ranks.size), size.box, ranks)
+        for batch in size.batches:
+            inputs = data(batch // ranks.size, size.box, ranks)
 
             def step(inputs: list[torch.Tensor] = inputs) -> None:
                 adam.zero_grad(set_to_none=True)
@@ -195,7 +200,7 @@ def show(result: dict[str, Any], size: Size, law: Law) -> None:
     m, gloo = result["machine"], result["gloo"]
     print(f"{m['date'][:10]}  {m['cpu']}, {m['cores']} cores, GPU {m['gpu'] or 'none'}, load {m['load_before'][0]:.1f}")
     print(f"stage {size.stage}, {size.gaussians:,} Gaussians, box {size.box}; a step reduces {law.bytes / 1e6:.2f} MB")
-    for b in BATCHES:
+    for b in size.batches:
         print(f"  {b:3d} images: 1 rank {1e3 * one[b]:8.1f} ms, 2 ranks {1e3 * two[b]:8.1f} ms, {one[b] / two[b]:.2f} times as fast")
     print(f"all-reduce between 2 ranks here: {1e3 * gloo['seconds']:.2f} ms and {gloo['bytes_per_second'] / 1e6:,.0f} MB/s")
     print(f"model: {1e3 * law.overhead:.2f} ms a step, {1e3 * law.image:.3f} ms an image, ", end="")
@@ -217,7 +222,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     batch = result["size"]["batch"]
     for kind, label in (("growing", f"{batch} images a rank"), ("fixed", f"{batch} images over all ranks")):
         axes.plot(RANKS, [r["speed_up"] for r in result["predicted"][kind]], "o-", label=f"predicted, {label}")
-    largest = str(BATCHES[-1])
+    largest = str(batch)
     axes.plot(2, result["step"]["1"][largest] / result["step"]["2"][largest], "*", ms=12, label=f"measured here, {largest} images, 2 ranks")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
