@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not data.startswith(MAGIC) or hashlib.blake2b(payload, digest_size=32).digest() != digest:
         say(f"{path}: damaged, passed over")
         return None
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     return state
 
 

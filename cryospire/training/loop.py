@@ -72,6 +72,9 @@ def fit(
     Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch.  Resumes from the
     checkpoint in ``folder`` if one of this run, with the same ``inputs``, is there; else calls ``prepare`` first.
     """
+    if config.deterministic and team.device.type == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order, and torch refuses it
+        torch.use_deterministic_algorithms(True)
     identity = {"stage": stage, "config": _identity(config), "seed": seed} | {k: stores.fingerprint(path) for k, path in inputs.items()}
     if team.rank == 0 and force:
         checkpoint.clear(folder)

@@ -97,6 +97,13 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: P
     assert history["loss"] == pytest.approx(history_again["loss"], rel=1e-12)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_on_a_gpu_the_same_bits_twice(particles: Path, tmp_path: Path, stage: int) -> None:
+    (z, _, _), (again, _, _) = (train(particles, tmp_path / name, stage, deterministic=True) for name in ("one", "two"))
+    assert z is not None and again is not None and torch.equal(z, again)
+
+
 def test_a_checkpoint_of_the_last_step_of_an_epoch_goes_on(particles: Path, tmp_path: Path) -> None:
     """Ten steps an epoch, and a checkpoint at every tenth: the last one is kept after the last step of all."""
     whole = train(particles, tmp_path, batch=20, epochs=2, checkpoint_minutes=0.0)
