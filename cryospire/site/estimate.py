@@ -180,11 +180,12 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
             tasks = ranks(config, stage, data, site)
             each = site.ranks_per_node or site.gpus_per_node or 1
             nodes, gpu = -(-tasks // each), tasks if site.gpus_per_node else 0
-        pairs = settings.batch / tasks * settings.gaussians * 4 / 1e6  # MB of one number for every image and Gaussian
+        batch = settings.batch / tasks  # of a rank
+        pairs = batch * settings.gaussians * 4 / 1e6  # MB of one number for every image and Gaussian
         depth = settings.hidden * settings.layers if settings.head == "mlp" and not gpu else 40
         rate = GPU_GFLOPS if gpu else CPU_GFLOPS * cpus
         drawn = DRAWN_MB if stage == "train" else 0
-        memory = drawn + settings.memory_mib + pairs * (2 * depth) + 20 * settings.batch * image_mb + n * 1e-4
+        memory = drawn + settings.memory_mib / tasks + pairs * (2 * depth) + 20 * batch * image_mb + n * 1e-4
         seconds = settings.epochs * n * flop_of_image(settings, b) / (rate * 1e9 * tasks)
         disk = 3 * n * 1e-4 + settings.gaussians * 2e-3
     elif stage == "parts":
