@@ -31,7 +31,7 @@ from cryospire.log import say
 from cryospire.maths import projection
 from cryospire.maths.losses import residual_energy
 from cryospire.stages import bench_preprocess
-from cryospire.stages.bench_feed import SPECIMEN, simulated, sources, stream
+from cryospire.stages.bench_feed import SPECIMEN, simulated, sources, stream, trained
 from cryospire.stages.bench_machine import REPEATS, ceilings, forget_peak, machine, median_time, peak_gb, resident, show, wait
 from cryospire.stages.discover import seed_density
 from cryospire.stages.train import SMALLEST
@@ -42,6 +42,7 @@ from cryospire.training.model import Mixture
 
 LATENT, FEATURES, COARSE, ANCHORS = 4, 24, 2048, 5
 FED = 2  # batches of which the feed is timed
+TRAINED = 100  # times as long as anything is timed, a training runs whose memory is read
 WIDE = 160  # characters of a table that goes into a file
 
 
@@ -274,17 +275,20 @@ def feed(plan: Plan, folder: Path) -> dict[str, Any]:
     """The loader alone against the number of particles, and from disk against memory."""
     config, points = Discover(batch=32), []
     cpu = torch.device("cpu")
+    base = next(c for c in plan.cases if c.stage == 2)
     for count in plan.particles:
         say(f"bench: feed, {count:,} particles")
         gc.collect()
         before = resident()
         forget_peak(cpu)
-        data = simulated(folder / f"feed{count}.zarr", count, plan.feed_box, alike=True)
+        store = folder / f"feed{count}.zarr"
+        data = simulated(store, count, plan.feed_box, alike=True)
         columns = resident() - before
         forget_peak(cpu)
         rates = stream(data, config.batch, config.lanes, config.memory_mib, 4 * plan.seconds)
-        points.append({"particles": count, **rates, "columns_GB": columns, "peak_GB": peak_gb(cpu)})
+        peaks = {"peak_GB": peak_gb(cpu), "training_peak_GB": trained(store, base.gaussians, base.batch, TRAINED * plan.seconds)}
+        points.append({"particles": count, **rates, "columns_GB": columns, **peaks})
         del data
-    growth = {key: fit([(p["particles"], p[key]) for p in points]) for key in ("images_per_second", "peak_GB")}
+    growth = {key: fit([(p["particles"], p[key]) for p in points]) for key in ("images_per_second", "peak_GB", "training_peak_GB")}
     ways = sources(folder, plan.feed_particles, plan.feed_box, config.batch, config.lanes, config.memory_mib, 3)
     return {"box": plan.feed_box, "memory_mib": config.memory_mib, "against_particles": points, "exponents": growth, "sources": ways}

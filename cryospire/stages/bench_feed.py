@@ -1,8 +1,13 @@
-"""The feed alone: a simulated particle store streamed through the loader that training uses."""
+"""The feed: a simulated particle store streamed through the loader that training uses, alone and under a training."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +19,11 @@ import torch
 from cryospire.io import particles, stores
 from cryospire.io.table import Optics, ParticleTable
 from cryospire.maths.poses import random_rotations
-from cryospire.training.data import Particles, batches, prefetch
+from cryospire.stages import scaling
+from cryospire.stages.bench_machine import peak_gb
+from cryospire.training import loop
+from cryospire.training.data import CPU, Particles, batches, prefetch
+from cryospire.training.distributed import team
 
 SETTINGS: dict[str, Any] = {"dtype": "float16", "shard_mib": 64}
 SPECIMEN = 384.0  # Å, side of the box
@@ -72,6 +81,38 @@ def stream(data: Particles, batch: int, lanes: int, memory_mib: int, seconds: fl
     return {"images": done, "images_per_second": rate, "MB_per_second": rate * data.box**2 * data.images.dtype.itemsize / 1e6}
 
 
+def trained(path: Path, gaussians: int, batch: int, seconds: float) -> float:
+    """Peak memory, GB, of stage 2 on a store for so long, in a process of its own."""
+    command = [sys.executable, "-m", __name__, str(path), str(gaussians), str(batch), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def train(path: Path, gaussians: int, batch: int, seconds: float) -> None:
+    """The process of ``trained``: the loop of the pipeline, which a signal ends as it does on a cluster, saved."""
+    loop.start_threads(0)
+    data = Particles(stores.open_store(path, "particles"))
+    model, config = scaling.mixture(scaling.Size(2, gaussians, data.box, batch))
+    config = config.model_copy(update={"batch": batch, "epochs": 1000})
+    z = torch.randn(len(data), model.latent, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, team() as alone:
+        metrics = Path(folder) / "metrics.jsonl"
+
+        def end() -> None:
+            while not metrics.exists():  # it has begun
+                time.sleep(0.1)
+            time.sleep(seconds)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        threading.Thread(target=end, daemon=True).start()
+        try:
+            loop.fit("train", model, z, data, config, 0, alone, Path(folder), metrics, {})
+        except loop.Interrupted:
+            print(peak_gb(CPU))
+
+
 def forget(folder: Path) -> None:
     """Ask the system to drop the files from its page cache, so that they come from the disk."""
     for file in folder.rglob("*"):
@@ -122,3 +163,7 @@ def raw_read(folder: Path) -> float:
                 while block := f.read(8 << 20):
                     size += len(block)
     return size / 1e6 / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -110,12 +110,12 @@ def show(result: dict[str, Any], console: Console) -> None:
         for name, g in d["exponents"].items():
             console.print(f"cost ~ {name}^p over {g['points']}: " + ", ".join(f"{k} {g[k]:.2f}" for k in ("step", "network", "splat")))
     f = result["feed"]
-    table = Table(title=f"feed alone, box {f['box']}")
-    for name in ("particles", "images/s", "MB/s", "columns GB", "peak GB"):
+    table = Table(title=f"feed alone, box {f['box']}, and the memory of stage 2 with it")
+    for name in ("particles", "images/s", "MB/s", "columns GB", "peak GB", "of a training"):
         table.add_column(name, justify="right")
     for p in f["against_particles"]:
-        numbers = (f"{p['images_per_second']:,.0f}", f"{p['MB_per_second']:,.0f}", f"{p['columns_GB']:.2f}", f"{p['peak_GB']:.2f}")
-        table.add_row(f"{p['particles']:,}", *numbers)
+        memory = [f"{p[key]:.2f}" for key in ("columns_GB", "peak_GB", "training_peak_GB")]
+        table.add_row(f"{p['particles']:,}", f"{p['images_per_second']:,.0f}", f"{p['MB_per_second']:,.0f}", *memory)
     console.print(table)
     s = f["sources"]
     rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in s["images_per_second"].items())
