@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cryospire import config as configuration
-from cryospire.conventions import InputError
+from cryospire.conventions import InputError, explained
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -342,14 +341,9 @@ def cluster_probe(folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: bad input and a full disk end with one line and exit code 2."""
+    """Entry point: bad input, and what the system refuses, end with one line and exit code 2."""
     try:
         app()
-    except InputError as error:
-        print(f"cryospire: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"cryospire: error: {error.filename + ': ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"cryospire: error: {explained(error)}", file=sys.stderr)
         sys.exit(2)

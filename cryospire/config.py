@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cryospire.conventions import InputError
 
@@ -76,11 +76,19 @@ class Training(Section):
     lr: float = Field(1e-2, gt=0, description="Adam, networks and features")
     lr_z: float = Field(1.0, gt=0, description="latents: fraction of a natural-gradient (Newton) step a visit, in stage 2 falling like lr; each is visited once an epoch")
     lr_density: float = Field(0.02, gt=0, description="Adam, centres (pixels), log scales and relative amplitudes of the Gaussians")
-    lanes: int = Field(8, ge=1, description="fixed division of the particles among ranks; the number of ranks must divide it, and so must the batch")
+    lanes: int = Field(8, ge=1, validate_default=True, description="fixed division of the particles among ranks; the number of ranks must divide it, and so must the batch")
     cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales; of a peak at most exp(-cutoff^2 / 2) is left out, 1.1 % at 3")
     checkpoint_minutes: float = Field(10.0, ge=0, description="time between checkpoints inside an epoch; there is always one after an epoch")
     deterministic: bool = Field(False, description="GPU: deterministic algorithms only; CPU runs are always deterministic")
     memory_mib: int = Field(512, ge=16, description="images held in memory while streaming, over all ranks; as many are shuffled among each other")
+
+
+    @field_validator("lanes")
+    @classmethod
+    def _divide_the_batch(cls, lanes: int, info: ValidationInfo) -> int:
+        if info.data.get("batch", 0) % lanes:
+            raise ValueError(f"batch, {info.data['batch']}, is no multiple of it")
+        return lanes
 
 
 class Discover(Training):
@@ -118,7 +126,7 @@ class Analyse(Section):
     """Latents: axes, states, density, trajectories."""
 
     states: int = Field(10, ge=1, description="k-means states")
-    trajectories: int = Field(2, ge=0, description="principal components along which a trajectory is made")
+    trajectories: int = Field(2, ge=0, description="principal components along which a trajectory is made, beside the one between the most distant states")
     steps: int = Field(8, ge=2, description="points of a trajectory")
     umap: bool = True
 
@@ -165,6 +173,8 @@ def load(path: Path) -> Config:
         values: Any = yaml.safe_load(path.read_text())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text, at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:

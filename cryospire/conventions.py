@@ -19,6 +19,13 @@ class InputError(Exception):
     """Bad input from the user: one line that names file, row and value.  The command exits with code 2."""
 
 
+def explained(error: BaseException) -> str:
+    """An error in one line; of one from the system, the file first."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def particle_id(image_name: str) -> int:
     """Permanent id of a particle: 63 bits of BLAKE2b of ``"000012@path/to/stack.mrcs"`` (1-based index)."""
     digest = hashlib.blake2b(image_name.encode(), digest_size=8).digest()

@@ -58,7 +58,8 @@ def gpus() -> int:
 
 
 class Progress:
-    """Progress of one stage: a line at most every ``every`` seconds, a metrics record at the start, at each ``record`` and every minute.
+    """Progress of one stage: a line at most every ``every`` seconds, a metrics record at the start, at each ``record``, every minute
+    and at the end.
 
     ``metrics`` is a JSON-lines file; each record holds ``time`` (Unix, s), ``stage``, ``done``, ``total``,
     ``memory_gb``, ``host``, ``job`` and ``gpus`` beside the caller's numbers.
@@ -112,4 +113,6 @@ class Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if exc[0] is None:
+            self.record()
         self.close()

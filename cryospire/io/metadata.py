@@ -33,6 +33,10 @@ def read(
 
     Raises InputError naming file, row and value.  Stacks are found but not opened: see ``check_stacks``.
     """
+    for file in (particles, poses, ctf, ind, *passthrough):
+        if file and not file.exists():
+            seen_from = "" if file.is_absolute() else f" in {Path.cwd()}, from where paths that are not absolute are read"
+            raise InputError(f"{file}: No such file{seen_from}")
     kind = particles.suffix
     if kind not in (".star", ".cs", ".mrcs", ".mrc", ".txt"):
         raise InputError(f"{particles}: unknown kind of particle file; expected .star, .cs, .mrcs, .mrc or .txt")

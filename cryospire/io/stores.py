@@ -161,7 +161,7 @@ def open_store(path: Path, schema: str) -> zarr.Group:
 def open_partial(path: Path) -> zarr.Group:
     """Open any store for looking at, complete or not.  Raises InputError if there is none or it is not ours."""
     if not (path / "zarr.json").exists():
-        raise InputError(f"{path}: no such store")
+        raise InputError(f"{path}: {'not a store: it has no zarr.json' if path.exists() else 'no such store'}")
     group = zarr.open_group(path, mode="r")
     if not str(group.attrs.get("schema", "")).startswith("cryospire."):
         raise InputError(f"{path}: schema is {group.attrs.get('schema')!r}, not one of cryospire's")
@@ -174,10 +174,15 @@ def writable(path: Path) -> zarr.Group:
 
 
 def read(group: zarr.Group, name: str) -> NDArray[Any]:
-    """A whole array as numpy."""
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return np.asarray(array[...])
+    """A whole array as numpy.  Raises InputError where it is not there or damaged."""
+    try:
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        return np.asarray(array[...])
+    except KeyError:
+        raise InputError(f"{where(group)}: the array {name} is not there; run the stage that writes the store again") from None
+    except (RuntimeError, ValueError) as error:  # of the decoder, or of a chunk that is too short
+        raise InputError(f"{where(group)}: the array {name} is damaged ({error}); run the stage that writes the store again") from None
 
 
 def join(ids: NDArray[np.int64], other: NDArray[np.int64], what: str) -> NDArray[np.intp]:

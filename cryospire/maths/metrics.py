@@ -35,11 +35,16 @@ def auc(curve: Tensor) -> Tensor:
 
 
 def resolution(curve: Tensor, threshold: float, pixel_size: float) -> float:
-    """Resolution (Å) where the curve first falls below ``threshold``, between shells linearly; Nyquist if it never does."""
+    """Resolution (Å) where the curve first falls below ``threshold``, between shells linearly.
+
+    Nyquist if it never does, and the box if even the first shell is below it.
+    """
     box = 2 * (len(curve) - 1)
     values = curve.double().tolist()
     for k in range(1, len(values)):
         if values[k] < threshold:
-            before = max(values[k - 1], threshold) if k > 1 else 1.0
+            if k == 1:
+                return box * pixel_size
+            before = max(values[k - 1], threshold)
             return box * pixel_size / (k - 1 + (before - threshold) / (before - values[k]))
     return 2 * pixel_size

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cryospire.config import Config, Train, Training
+from cryospire.log import duration
 from cryospire.site.settings import Site
 
 STAGES = (
@@ -200,7 +201,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         memory, seconds, disk = 4 * parts * fine**3 * 6 * 1.2 / 1e6 + wide + 500, n * work / tasks, 9 * parts * b**3 * 4 / 1e6
     elif stage == "assemble":
         side = config.assemble.box or b
-        volumes = config.analyse.states + config.analyse.trajectories * config.analyse.steps
+        volumes = config.analyse.states + (config.analyse.trajectories + 1) * config.analyse.steps
         tasks = site.mpi_ranks if site else 1
         maps = 12 + 2 * most_parts(config)  # detail and mask of every part stay in memory
         memory, seconds, disk = maps * side**3 * 4 / 1e6, 3 * volumes * (side / 64) ** 3, 2 * volumes * side**3 * 4 / 1e6
@@ -236,9 +237,8 @@ def summary(config: Config, without: set[str], data: Data, site: Site | None, co
     lines = [f"estimate for {data.particles:,} particles, box {data.box}:"]
     for stage, n in asked.items():
         where = f"{n.gpu} GPU on {n.nodes} node(s)" if n.gpu else f"{n.tasks} task(s) on {n.nodes} node(s)"
-        lines.append(
-            f"  {stage:<14} {n.mem_mb / 1000:7.1f} GB memory a node  {n.runtime:6d} min limit  {n.disk_mb / 1000:9.3f} GB disk  {where}"
-        )
+        time = f"about {duration(3600 * n.hours):>7} of at most {n.runtime:5d} min"
+        lines.append(f"  {stage:<14} {n.mem_mb / 1000:7.1f} GB memory a node  {time}  {n.disk_mb / 1000:9.3f} GB disk  {where}")
     hours = sum(n.gpu * n.hours for n in asked.values())
     lines.append(f"  together {sum(n.disk_mb for n in asked.values()) / 1000:.2f} GB disk, about {hours:.1f} GPU-hours")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cryospire.conventions import InputError
+from cryospire.conventions import InputError, explained
 
 NAME = ".cryospire.lock"
 RENEW, STALE = 20.0, 180.0  # seconds
@@ -24,8 +24,17 @@ RENEW, STALE = 20.0, 180.0  # seconds
 
 def acquire(results: Path) -> None:
     """Take the lock of a folder of results until this process ends.  Raises InputError naming a living owner."""
-    results.mkdir(parents=True, exist_ok=True)
     path, mine = results / NAME, whoami()
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        _take(path, mine)
+    except OSError as error:
+        raise InputError(explained(error)) from None
+    threading.Thread(target=_renew, args=(path, mine["token"]), daemon=True).start()
+    atexit.register(_release, path, mine)
+
+
+def _take(path: Path, mine: dict[str, Any]) -> None:
     while not _create(path, mine):
         owner = _owner(path)
         if owner and alive(owner, _age(path)):
@@ -44,8 +53,6 @@ def acquire(results: Path) -> None:
             grave.unlink()
         else:  # somebody was quicker and lives: back with it
             grave.replace(path)
-    threading.Thread(target=_renew, args=(path, mine["token"]), daemon=True).start()
-    atexit.register(_release, path, mine)
 
 
 def whoami() -> dict[str, Any]:

@@ -184,6 +184,8 @@ def run(config: Config, model: Path, output: Path, force: bool = False) -> None:
     with log.Progress("analyse", 4, "steps", output.parent / "logs" / "analyse.metrics.jsonl") as progress:
         axes = pca(z)
         progress.advance(1, "principal components")
+        if config.analyse.states > len(z):
+            raise InputError(f"analyse.states: {config.analyse.states} states of {len(z):,} particles")
         found = states(z, config.analyse.states, config.seed)
         rho = density(axes.coordinates)
         progress.advance(1, f"{len(found.weight)} states, density")

@@ -111,6 +111,9 @@ def run(
     write(config, source, rows, temporary)
     temporary.replace(output)
     log.say(f"export     {len(rows):,} of {len(own):,} particles, in the order of {source} -> {output}")
+    home = source.resolve().parent
+    if output.suffix in (".star", ".cs") and output.resolve().parent != home:
+        log.say(f"export     its image paths are those of {source}: read it from there, or with datadir (--datadir) {home}")
 
 
 def write(config: Config, source: Path, rows: Ids, output: Path) -> None:

@@ -55,7 +55,8 @@ def run(
     bound = share * middle if threshold is None else threshold
     kept = (values > bound).numpy()
     if not kept.any():
-        raise InputError(f"--threshold {bound:g}: no image has so much evidence; the largest is {float(values.max()):.1f}")
+        asked = f"--share {share:g}, evidence above" if threshold is None else "--threshold"
+        raise InputError(f"{asked} {bound:g}: no image has so much evidence; the largest is {float(values.max()):.1f}")
     output.parent.mkdir(parents=True, exist_ok=True)
     draw(values, bound, output.with_suffix(".png"))
     temporary = output.with_name(f".{os.getpid()}.{output.name}")

@@ -33,6 +33,8 @@ def run(
     force: bool = False,
 ) -> None:
     """Read the particle table, choose what follows from it, write the configuration."""
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; --output names the file to write")
     if output.exists() and not force:
         raise InputError(f"{output}: exists; pass --force to replace it, or --output for another name")
     base = Config(particles=particles, poses=poses, ctf=ctf, ind=ind, passthrough=list(passthrough), datadir=datadir)
@@ -81,7 +83,7 @@ def header(table: metadata.ParticleTable, config: Config) -> str:
     lines = [
         "cryospire configuration, written by `cryospire init`; every key is here, with its meaning and default.",
         "",
-        f"{len(table):,} particles in {len(table.stacks)} stacks, {len(o.name)} optics group(s), {o.voltage.min():g} kV",
+        f"{len(table):,} particles in {len(table.stacks)} stack(s), {len(o.name)} optics group(s), {o.voltage.min():g} kV",
         f"box {box} px of {pixel:.3f} Å, cropped to {cropped} px of {after:.3f} Å: no finer than {2 * after:.2f} Å",
         f"defocus {table.defocus_u.min() / 1e4:.2f} to {table.defocus_u.max() / 1e4:.2f} µm",
         f"half-sets {half[1]:,} and {half[2]:,}" + (f", {half[0]:,} unknown (assigned by seed)" if half[0] else ""),

@@ -93,7 +93,7 @@ def draw(group: Any, store: Path, path: Path) -> None:
     try:
         with rc_context(figures.LOOK):
             drawn = PICTURES[schema](group)
-    except KeyError as missing:
+    except (KeyError, InputError) as missing:
         raise InputError(f"{store}: nothing to draw yet: {missing.args[0]}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=150)

@@ -1,7 +1,8 @@
 """Conventions decided from the data, before anything is computed from them: a verdict in words, with its evidence.
 
 Reads a sample, back-projects it under the competing conventions (see ``hypotheses``), and compares what they explain.
-Writes preflight.json and preflight.png; a contradiction between table, settings and data stops the run unless accepted.
+Writes preflight.json and preflight.png; a contradiction between table, settings and data stops the run unless accepted, and is written
+as preflight.stopped.json and .png.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Findings:
 
 
 def run(config: Config, output: Path, *, particles: Path | None = None, sample: int | None = None, accept: bool = False) -> None:
-    """Write the verdict to ``output`` (.json), and a figure beside it.  Raises InputError at a contradiction, unless accepted.
+    """Write the verdict to ``output`` (.json), and a figure beside it.  At a contradiction, unless accepted, raises InputError and writes
+    both as ``<name>.stopped``: under the name of the output the next stage would take it for leave to go on.
 
     ``sample`` and ``accept`` come before the config's section ``preflight``.
     """
@@ -69,11 +71,16 @@ def run(config: Config, output: Path, *, particles: Path | None = None, sample: 
     if config.map is not None:
         found.verdicts.append(hand(found, config.map, best, taken.pixel_size))
     found.verdicts += images(survey, table)
-    write(found, output, config, table, taken, (grid.box, grid.pixel_size))
+    wrong = [f"{v.check}: {v.found} ({v.evidence})" for v in found.verdicts if not v.ok]
+    stops = bool(wrong) and not (accept or config.preflight.accept)
+    stopped = output.with_name(f"{output.stem}.stopped{output.suffix}")
+    for old in (output, stopped):
+        old.unlink(missing_ok=True)
+        old.with_suffix(".png").unlink(missing_ok=True)
+    write(found, stopped if stops else output, config, table, taken, (grid.box, grid.pixel_size))
     for v in found.verdicts:
         log.say(f"preflight  {'ok  ' if v.ok else 'STOP'} {v.check}: {v.found} ({v.evidence})")
-    wrong = [f"{v.check}: {v.found} ({v.evidence})" for v in found.verdicts if not v.ok]
-    if wrong and not (accept or config.preflight.accept):
+    if stops:
         advice = "".join(f"; set {k}: {v}" for k, v in found.proposal.items())
         raise InputError(f"{source}: preflight: {'; '.join(wrong)}{advice}; or set preflight.accept (--accept) to go on")
 
@@ -136,6 +143,8 @@ def decide(axis: str, results: dict[str, Evidence]) -> tuple[Verdict, str]:
         f"{rival}: {other.explained:,.0f}, {other.resolution:.1f} Å"
     )  # fmt: skip
     if wins:
+        if axis == "shift":
+            evidence += "; a wrong pixel size shows itself here too"
         return Verdict(TITLES[axis], rival, f"as given {evidence}", False), rival
     alike = abs(given - other.explained) < max(CHANCE, (ALIKE - 1) * given)
     return Verdict(TITLES[axis], f"{GIVEN}{f', not to be told from: {rival}' if alike else ''}", evidence, True), GIVEN

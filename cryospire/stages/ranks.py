@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cryospire.conventions import InputError
+from cryospire.conventions import InputError, explained
 
 
 def over_ranks(work: Callable[[Any], None]) -> None:
@@ -24,12 +24,12 @@ def over_ranks(work: Callable[[Any], None]) -> None:
         if comm.size == 1:
             raise
         # The others wait in a barrier for this rank: end them all, with the exit code the command alone would have.
-        known = isinstance(error, InputError)
+        known = isinstance(error, InputError | OSError)
         if not known:
             import traceback
 
             traceback.print_exc()
-        print(f"cryospire: error: {error}" + ("" if known else f" (rank {comm.rank})"), file=sys.stderr, flush=True)
+        print(f"cryospire: error: {explained(error)}" + ("" if known else f" (rank {comm.rank})"), file=sys.stderr, flush=True)
         time.sleep(1)  # MPICH's launcher drops what it has not yet passed on when it is told to abort
         comm.Abort(2 if known else 1)
 

@@ -117,7 +117,7 @@ def costs(results: Results) -> str:
     if not rows:
         raise Missing("no stage has left a benchmark or metrics")
     names, seconds, memory = (list(c) for c in zip(*((r[0], r[1], r[2]) for r in rows), strict=True))
-    out = page.text(f"{log.duration(sum(seconds))} in all; the largest process took {max(memory):.2f} GB.")
+    out = page.text(f"{log.duration(sum(seconds))} of all stages together; the largest process took {max(memory):.2f} GB.")
     used = report_usage.of_run(results.root, dict(zip(names, seconds, strict=True)))
     if used is not None:
         energy = f" and {used.joule / 3.6e6:.2f} kWh" if used.joule else ""
@@ -176,7 +176,7 @@ def tiles(results: Results) -> list[tuple[str, str]]:
     for name, ask in asked:
         try:
             found.append((ask(), name))
-        except (Missing, KeyError, TypeError):
+        except (Missing, InputError, KeyError, TypeError):
             continue
     return found + more.scores(results)
 

@@ -14,7 +14,7 @@ from cryospire.config import OPERATIONAL, Config, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import duration
-from cryospire.site import estimate
+from cryospire.site import estimate, lock
 
 # Stage -> what it writes, in the order of the workflow.
 STAGES = {
@@ -28,8 +28,8 @@ FRESH = 180.0  # s since the last line of a log or metrics after which an unfini
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: ``state`` is complete, running, queued (a job that SLURM has not started), failed, stopped or waiting (for other stages);
-    ``last`` its newest metrics record."""
+    """One stage: ``state`` is complete, outdated (complete, of an input that has changed since), running, queued (a job that SLURM has
+    not started), failed, stopped or waiting (for other stages); ``last`` its newest metrics record."""
 
     name: str
     state: str
@@ -81,6 +81,9 @@ def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -
     records = read_metrics(metrics)
     last = newest(records)
     if finished(target):
+        changed = outdated(target)
+        if changed:
+            return Stage(name, "outdated", last, records, f"made of {', '.join(changed)} as it was before")
         return Stage(name, "complete", last, records)
     submitted = log.with_suffix(".job")  # by cluster/slurm/submit.py
     if submitted.exists() and (job := submitted.read_text().strip()) in queue:
@@ -93,6 +96,8 @@ def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -
     if tail and ("error:" in tail[0].lower() or tail[0].startswith(("Traceback", "srun: error"))):
         return Stage(name, "failed", last, records, f"{tail[0]} ({log})")
     fresh = now - max(p.stat().st_mtime for p in traces) < FRESH
+    if log.exists() and not last.get("job"):  # of a workflow on this machine: what it has begun ends with it
+        fresh = fresh and any((folder / lock.NAME).exists() for folder in (results, results.parent))
     return Stage(name, "running" if fresh else "stopped", last, records, "" if fresh else f"no sign of life; see {log}")
 
 
@@ -104,6 +109,16 @@ def finished(target: Path) -> bool:
         return bool(stores.open_partial(target).attrs.get("complete"))
     except InputError:
         return False
+
+
+def outdated(target: Path) -> list[str]:
+    """Stores that a complete store was made from and that are no longer what they were."""
+    if target.suffix != ".zarr":
+        return []
+    inputs: Any = stores.open_partial(target).attrs["inputs"]
+    paths = {name: Path(source["path"]) for name, source in inputs.items()}
+    there = [name for name, path in paths.items() if path.suffix == ".zarr" and path.exists()]  # not where results have been moved
+    return [name for name in there if stores.fingerprint(paths[name]) != inputs[name]["hash"]]
 
 
 def read(results: Path) -> list[Stage]:
@@ -145,7 +160,7 @@ def altered(config: Config) -> dict[str, list[str]]:
 def cells(stage: Stage) -> list[str]:
     """A row of the table: stage, state, progress, epoch, loss, images/s, time left, memory, node, job."""
     last = stage.last
-    done = 1.0 if stage.state == "complete" else last["done"] / last["total"] if last.get("total") else None
+    done = 1.0 if stage.state in ("complete", "outdated") else last["done"] / last["total"] if last.get("total") else None
     share = f"{done:.0%}" if done is not None else ""
     number = {k: last.get(k) for k in ("epoch", "loss", "images_per_second", "memory_gb")}
     text = [f"{number[k]:{f}}" if number[k] is not None else "" for k, f in zip(number, ("d", ".3f", ",.0f", ".2f"), strict=True)]
@@ -158,7 +173,10 @@ def run(results: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    colours = {"complete": "green", "running": "cyan", "queued": "blue", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
+    colours = {
+        "complete": "green", "outdated": "yellow", "running": "cyan", "queued": "blue", "failed": "bold red", "stopped": "yellow",
+        "waiting": "dim",
+    }  # fmt: skip
     stages = read(results)
     table = Table(title=str(results), title_justify="left", box=None, header_style="bold")
     for head in ("stage", "state", "done", "epoch", "loss", "images/s", "left", "GB", "node", "job"):

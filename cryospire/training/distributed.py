@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cryospire import log
-from cryospire.conventions import InputError
+from cryospire.conventions import InputError, explained
 
 
 class Team:
@@ -104,8 +104,8 @@ def team() -> Iterator[Team]:
         if members.size == 1:
             raise
         # Leaving without a goodbye: the others' collectives fail at once instead of waiting for this rank.
-        if isinstance(error, InputError):
-            print(f"cryospire: error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, InputError | OSError):
+            print(f"cryospire: error: {explained(error)}", file=sys.stderr, flush=True)
             os._exit(2)
         traceback.print_exc()
         sys.stderr.flush()

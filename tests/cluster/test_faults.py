@@ -231,7 +231,6 @@ def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: 
     process.wait()
     if ended:
         slurm.until(f"squeue -h --states=all -j {job} -o %T", "COMPLETED", 90)
-    slurm.sh("snakemake --profile cluster/slurm --configfile config.yaml --unlock", cwd=run)
     ends_well(run, snakemake())
     assert submissions(slurm, job) == [job]
     same(run, undisturbed)

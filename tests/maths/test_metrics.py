@@ -59,3 +59,5 @@ def test_resolution_where_the_curve_crosses():
     curve = torch.tensor([1.0, 1.0, 1.0, 0.643, -0.357, 0.0, 0.0, 0.0, 0.0])
     assert resolution(curve, 0.143, 2.0) == pytest.approx(16 * 2 / 3.5, rel=1e-5)
     assert resolution(torch.ones(9), 0.143, 2.0) == pytest.approx(4.0)
+    nothing = torch.tensor([1.0, 0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert resolution(nothing, 0.143, 2.0) == 32.0  # the box: no wave fits in it that is coarser

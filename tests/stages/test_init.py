@@ -46,7 +46,7 @@ def test_a_selection_becomes_a_key(tmp_path: Path) -> None:
     star = builders.star31(tmp_path / "p.star", builders.planted(tmp_path))
     init.run(star, ind=builders.pickled(tmp_path / "ind.pkl", np.array([2, 3, 7])), output=tmp_path / "config.yaml")
     assert configuration.load(tmp_path / "config.yaml").ind == tmp_path / "ind.pkl"
-    assert "# 3 particles in 1 stacks" in (tmp_path / "config.yaml").read_text()
+    assert "# 3 particles in 1 stack(s)" in (tmp_path / "config.yaml").read_text()
 
 
 def test_small_boxes_stay(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def test_picture(run_folder: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_not_a_store(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nowhere.zarr"):
+    for path, words in ((tmp_path, "not a store: it has no zarr.json"), (tmp_path / "nowhere.zarr", "no such store")):
         done = subprocess.run([sys.executable, "-m", "cryospire", "inspect", str(path)], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr == f"cryospire: error: {path}: no such store\n"
+        assert done.returncode == 2 and done.stderr == f"cryospire: error: {path}: {words}\n"
 
 
 def test_nothing_to_draw_yet(tmp_path: Path) -> None:

@@ -63,8 +63,12 @@ def decide(folder: Path, source: Path, accept: bool = True, **extra: Any) -> dic
 
 
 def written(folder: Path) -> dict[str, Any]:
-    page = json.loads((folder / "preflight.json").read_text())
-    assert (folder / "preflight.png").stat().st_size > 10_000
+    """Either the verdict that lets the run go on or the one that stops it, which is not there under the name that the run waits for."""
+    (file,) = folder.glob("preflight*.json")
+    (figure,) = folder.glob("preflight*.png")
+    assert file.stem == figure.stem and figure.stat().st_size > 10_000
+    page = json.loads(file.read_text())
+    assert (file.name == "preflight.stopped.json") <= (not all(v["ok"] for v in page["verdict"]))
     return page | {v["check"]: v for v in page["verdict"]}
 
 
@@ -125,7 +129,7 @@ def test_planted_mistake_is_named_and_stops_the_run(tmp_path: Path, name: str) -
     with pytest.raises(InputError, match=f"p.star: preflight: .*{words}"):
         decide(tmp_path, source, accept=False)
     page = written(tmp_path)
-    assert words in page[check]["found"] and not page[check]["ok"]
+    assert words in page[check]["found"] and not page[check]["ok"] and not (tmp_path / "preflight.json").exists()
 
 
 @pytest.mark.parametrize("ctf,words", [("flipped", "already phase-flipped"), ("none", "no CTF in the images")])

@@ -188,14 +188,15 @@ def test_a_parameter_reruns_the_halves_too(finished_halves: Path, tmp_path: Path
 
 
 def test_two_workflows_on_one_output_refuse_each_other(run: Path, tmp_path: Path) -> None:
-    """From another folder, where Snakemake's own lock is not seen; looking and planning stay free."""
+    """From the same folder or another; looking and planning stay free."""
     (run / "results" / lock.NAME).write_text(json.dumps(lock.whoami()))  # this process lives
     other = tmp_path / "elsewhere"
     other.mkdir()
     write_config(other, {"output": str(run / "results"), "particles": str(run / "data/particles.star")})
     before = (run / "results/report.html").stat().st_mtime_ns
-    code, out = snakemake(other, "--touch", "--forceall")
-    assert code != 0 and f"another workflow writes to this folder: process {os.getpid()}" in out
+    for folder in (other, run):
+        code, out = snakemake(folder, "--touch", "--forceall")
+        assert code != 0 and f"another workflow writes to this folder: process {os.getpid()}" in out
     assert (run / "results/report.html").stat().st_mtime_ns == before
     planned(other)
     (run / "results" / lock.NAME).unlink()
@@ -218,19 +219,33 @@ def test_another_name_of_the_config_reruns_nothing(run: Path) -> None:
     assert "Nothing to be done" in out
 
 
-def test_wrong_key_is_named(tmp_path: Path) -> None:
-    write_config(tmp_path, {"train": {"epoch": 3}})
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"train": {"epoch": 3}}, "train.epoch: Extra inputs"),
+        ({"parts": {"max_parts": 1}}, "parts.max_parts: Input should be greater"),
+        ({"train": {"batch": 20}}, "train.lanes: .*batch, 20, is no multiple of it .value 8"),
+    ],
+)
+def test_what_is_wrong_in_the_config_is_named_in_one_line(tmp_path: Path, wrong: dict[str, Any], words: str) -> None:
+    write_config(tmp_path, wrong)
     code, out = snakemake(tmp_path, "--dry-run")
-    assert code != 0
-    assert "epoch" in out and "train" in out
+    assert code != 0 and re.search(rf"config.yaml: {words}", out)
+    assert len(out.splitlines()) < 8
     assert not (tmp_path / "results").exists()
 
 
-def test_wrong_value_is_named(tmp_path: Path) -> None:
-    write_config(tmp_path, {"parts": {"max_parts": 1}})
-    code, out = snakemake(tmp_path, "--dry-run")
-    assert code != 0
-    assert "max_parts" in out
+def test_names_may_hold_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    write_config(folder, {"particles": "raw images/particles.star", "output": "run 1", "simulate": {"pixel_size": 9.0, "snr": 0.5}})
+    (folder / "config.yaml").rename(folder / "a config.yaml")
+    code, out = snakemake(folder, "--configfile", "a config.yaml", "--until", "preflight")
+    assert code == 0, out
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == ["a config.yaml", "logs", "raw images", "run 1"]
+    for file in (ROOT / "workflow/rules").glob("*.smk"):
+        shells = file.read_text().partition("    shell:")[2]
+        assert not re.search(r"\{(input|output|log|params\.config)[^}:]*\}", shells), f"{file.name}: a name that is not quoted"
 
 
 def test_missing_particles_are_named(tmp_path: Path) -> None:

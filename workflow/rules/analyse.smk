@@ -23,6 +23,6 @@ rule analyse:
     message:
         "analyse: axes, states, density, trajectories"
     shell:
-        "({params.launch} cryospire analyse --config {params.config} "
-        "--model $(dirname {input.model}) --output $(dirname {output}) "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire analyse --config {params.config:q} "
+        '--model "$(dirname {input.model:q})" --output "$(dirname {output:q})" '
+        "2>&1) | tee -a {log:q}"

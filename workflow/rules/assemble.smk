@@ -25,7 +25,7 @@ rule assemble:
     message:
         "assemble: volumes of states and trajectories"
     shell:
-        "({params.launch} cryospire assemble --config {params.config} "
-        "--model $(dirname {input.model}) --analysis $(dirname {input.analysis}) "
-        "--reconstruction $(dirname {input.reconstruction}) --output $(dirname {output}) "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire assemble --config {params.config:q} "
+        '--model "$(dirname {input.model:q})" --analysis "$(dirname {input.analysis:q})" '
+        '--reconstruction "$(dirname {input.reconstruction:q})" --output "$(dirname {output:q})" '
+        "2>&1) | tee -a {log:q}"

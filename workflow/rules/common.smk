@@ -14,7 +14,7 @@ from cryospire.site import estimate, lock
 from cryospire.site import settings as site_settings
 from cryospire.stages import status
 
-min_version("9.0")
+min_version("9.17")  # before, a stage that ran alone left its cores to be given twice
 
 # `cryospire`, `mpiexec` and `torchrun` of the environment that runs Snakemake, in jobs as well.
 shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
@@ -26,9 +26,9 @@ def checked_config():
         raise WorkflowError("give one --configfile, not " + ", ".join(map(str, workflow.configfiles)))
     file = Path(workflow.configfiles[0]).resolve()
     site = config.pop("site", None)
-    validate(config, "../schemas/config.schema.json", set_default=False)
     try:
-        checked = configuration.load(file)
+        checked = configuration.load(file)  # in one line
+        validate(config, "../schemas/config.schema.json", set_default=False)
         if checked != configuration.Config.model_validate(config):
             raise InputError(f"{file}: stages read this file; change it there instead of through --config")
         return file, checked, site_settings.load(Path(site)) if site else None
@@ -101,7 +101,7 @@ def alone(wildcards, resources):
 
 def started_by(script, threads, resources):
     """A script in cluster/ with the shape of the job, and what the site wants it to know."""
-    path = Path(workflow.basedir) / "cluster" / script
+    path = shlex.quote(str(Path(workflow.basedir) / "cluster" / script))
     return f"env {SITE.variables} {path} {resources.nodes} {resources.tasks} {threads}"
 
 

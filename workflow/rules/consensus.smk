@@ -24,6 +24,6 @@ rule consensus:
     message:
         "consensus: rigid reconstruction, half-maps, FSC, mask"
     shell:
-        "({params.launch} cryospire consensus --config {params.config} "
-        "--particles $(dirname {input.particles}) --output $(dirname {output}) "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire consensus --config {params.config:q} "
+        '--particles "$(dirname {input.particles:q})" --output "$(dirname {output:q})" '
+        "2>&1) | tee -a {log:q}"

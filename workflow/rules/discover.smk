@@ -25,6 +25,6 @@ rule discover:
     message:
         "discover: stage 1, which Gaussians move or vanish together"
     shell:
-        "({params.launch} cryospire discover --config {params.config} "
-        "--particles $(dirname {input.particles}) --consensus $(dirname {input.consensus}) --output $(dirname {output}) {params.half} "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire discover --config {params.config:q} "
+        '--particles "$(dirname {input.particles:q})" --consensus "$(dirname {input.consensus:q})" --output "$(dirname {output:q})" {params.half} '
+        "2>&1) | tee -a {log:q}"

@@ -27,7 +27,7 @@ rule evaluate:
     message:
         "evaluate: FSC of every state against the truth"
     shell:
-        "({params.launch} cryospire evaluate --config {params.config} "
-        "--model $(dirname {input.model}) --consensus $(dirname {input.consensus}) --particles $(dirname {input.particles}) "
-        "--reconstruction $(dirname {input.reconstruction}) --truth $(dirname {input.labels}) --output {output} "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire evaluate --config {params.config:q} "
+        '--model "$(dirname {input.model:q})" --consensus "$(dirname {input.consensus:q})" --particles "$(dirname {input.particles:q})" '
+        '--reconstruction "$(dirname {input.reconstruction:q})" --truth "$(dirname {input.labels:q})" --output {output:q} '
+        "2>&1) | tee -a {log:q}"

@@ -24,6 +24,6 @@ rule parts:
     message:
         "parts: clusters of features, anchors, masks, evidence"
     shell:
-        "({params.launch} cryospire parts --config {params.config} "
-        "--particles $(dirname {input.particles}) --discovery $(dirname {input.discovery}) --output $(dirname {output}) "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire parts --config {params.config:q} "
+        '--particles "$(dirname {input.particles:q})" --discovery "$(dirname {input.discovery:q})" --output "$(dirname {output:q})" '
+        "2>&1) | tee -a {log:q}"

@@ -24,6 +24,6 @@ rule preflight:
     message:
         "preflight: sign, shifts, rotations, CTF, pixel size and hand, decided from the data"
     shell:
-        "({params.launch} cryospire preflight --config {params.config} "
-        "--output {output} "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire preflight --config {params.config:q} "
+        "--output {output:q} "
+        "2>&1) | tee -a {log:q}"

@@ -25,6 +25,6 @@ rule preprocess:
     message:
         "preprocess: particle stack to whitened Zarr shards"
     shell:
-        "({params.launch} cryospire preprocess --config {params.config} "
-        "--output $(dirname {output}) "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire preprocess --config {params.config:q} "
+        '--output "$(dirname {output:q})" '
+        "2>&1) | tee -a {log:q}"

@@ -24,6 +24,6 @@ rule reconstruct:
     message:
         "reconstruct: what the images know beyond the Gaussians"
     shell:
-        "({params.launch} cryospire reconstruct --config {params.config} "
-        "--particles $(dirname {input.particles}) --model $(dirname {input.model}) --output $(dirname {output}) "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire reconstruct --config {params.config:q} "
+        '--particles "$(dirname {input.particles:q})" --model "$(dirname {input.model:q})" --output "$(dirname {output:q})" '
+        "2>&1) | tee -a {log:q}"

@@ -25,6 +25,6 @@ rule report:
     message:
         "report: one HTML page of the whole run"
     shell:
-        "({params.launch} cryospire report --config {params.config} "
-        "--results $(dirname {output}) --output {output} "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire report --config {params.config:q} "
+        '--results "$(dirname {output:q})" --output {output:q} '
+        "2>&1) | tee -a {log:q}"

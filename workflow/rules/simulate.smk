@@ -25,6 +25,6 @@ rule simulate:
     message:
         "simulate: particles with a known truth"
     shell:
-        "({params.launch} cryospire simulate --config {params.config} "
-        "--output $(dirname {output.star}) "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire simulate --config {params.config:q} "
+        '--output "$(dirname {output.star:q})" '
+        "2>&1) | tee -a {log:q}"

@@ -26,7 +26,7 @@ rule train:
     message:
         "train: stage 2, the part-aware mixture"
     shell:
-        "({params.launch} cryospire train --config {params.config} "
-        "--particles $(dirname {input.particles}) --discovery $(dirname {input.discovery}) "
-        "--parts $(dirname {input.parts}) --output $(dirname {output}) {params.half} "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire train --config {params.config:q} "
+        '--particles "$(dirname {input.particles:q})" --discovery "$(dirname {input.discovery:q})" '
+        '--parts "$(dirname {input.parts:q})" --output "$(dirname {output:q})" {params.half} '
+        "2>&1) | tee -a {log:q}"

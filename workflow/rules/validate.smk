@@ -71,7 +71,7 @@ rule validate:
     message:
         "validate: two trainings that share no image, compared"
     shell:
-        "({params.launch} cryospire validate --config {params.config} "
-        "--model $(dirname {input.model}) --analysis $(dirname {input.analysis}) "
-        "--half1 $(dirname {input.half1}) --half2 $(dirname {input.half2}) --output {output} "
-        "2>&1) | tee -a {log}"
+        "({params.launch} cryospire validate --config {params.config:q} "
+        '--model "$(dirname {input.model:q})" --analysis "$(dirname {input.analysis:q})" '
+        '--half1 "$(dirname {input.half1:q})" --half2 "$(dirname {input.half2:q})" --output {output:q} '
+        "2>&1) | tee -a {log:q}"
