@@ -16,18 +16,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cryospire.conventions import InputError, explained
 
 NAME = ".cryospire.lock"
 RENEW, STALE = 20.0, 180.0  # seconds
 
 
-def acquire(results: Path) -> None:
-    """Take the lock of a folder of results until this process ends.  Raises InputError naming a living owner."""
+def acquire(results: Path, *, here: bool = True) -> None:
+    """Take the lock of a folder of results until this process ends.  Raises InputError naming a living owner, or, where stages run
+    ``here`` and not as a cluster's jobs, a stage that has outlived its workflow.
+    """
     path, mine = results / NAME, whoami()
     try:
         results.mkdir(parents=True, exist_ok=True)
         _take(path, mine)
+        if here and (left := orphans(results)):
+            _release(path, mine)
+            raise InputError(f"{results}: still written to by {', '.join(left)}, whose workflow has ended; wait for it or end it first")
     except OSError as error:
         raise InputError(explained(error)) from None
     threading.Thread(target=_renew, args=(path, mine["token"]), daemon=True).start()
@@ -53,6 +60,21 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
             grave.unlink()
         else:  # somebody was quicker and lives: back with it
             grave.replace(path)
+
+
+def orphans(results: Path) -> list[str]:
+    """Stages of this host that write into a folder of results."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if "--output" in words[:-1] and "cryospire" in (Path(word).name for word in words[:3]):
+                target = Path(process.cwd()) / words[words.index("--output") + 1]
+                if results.resolve() in target.resolve().parents:
+                    found.append(f"process {process.pid} (writing {target.name})")
+        except psutil.Error:  # it has ended, or is another user's
+            continue
+    return found
 
 
 def whoami() -> dict[str, Any]:

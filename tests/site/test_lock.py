@@ -43,6 +43,21 @@ def test_the_living_keep_it_the_dead_do_not(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "an owner that ends takes its lock away"
 
 
+def test_a_stage_that_has_outlived_its_workflow_is_waited_for(tmp_path: Path) -> None:
+    """As after ``kill -9`` of Snakemake alone: two would write one store.  A cluster's jobs are taken up by other means."""
+    program = tmp_path / "cryospire"
+    program.write_text("import time; print('up', flush=True); time.sleep(60)")
+    stage = [sys.executable, str(program), "parts", "--output", "results/parts.zarr"]
+    with subprocess.Popen(stage, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as left:
+        assert line(left) == "up"
+        with pytest.raises(InputError, match=f"still written to by process {left.pid} .writing parts.zarr."):
+            lock.acquire(tmp_path / "results")
+        assert list((tmp_path / "results").iterdir()) == []
+        lock.acquire(tmp_path / "other")
+        left.kill()
+    lock.acquire(tmp_path / "results")
+
+
 def test_of_many_that_find_a_dead_owner_one_gets_it(tmp_path: Path) -> None:
     dead = lock.whoami() | {"born": "1"}  # this process id, of an earlier process
     (tmp_path / lock.NAME).write_text(json.dumps(dead))

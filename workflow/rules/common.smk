@@ -141,6 +141,6 @@ if workflow.is_main_process:
 onstart:
     if workflow.is_main_process:
         try:
-            lock.acquire(R)
+            lock.acquire(R, here=SITE is None)
         except InputError as error:
             raise WorkflowError(str(error))
