@@ -96,7 +96,7 @@ def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -
     if tail and ("error:" in tail[0].lower() or tail[0].startswith(("Traceback", "srun: error"))):
         return Stage(name, "failed", last, records, f"{tail[0]} ({log})")
     fresh = now - max(p.stat().st_mtime for p in traces) < FRESH
-    if log.exists() and not last.get("job"):  # of a workflow on this machine: what it has begun ends with it
+    if log.exists() and not (last.get("job") or submitted.exists()):  # of a workflow on this machine: what it has begun ends with it
         fresh = fresh and any((folder / lock.NAME).exists() for folder in (results, results.parent))
     return Stage(name, "running" if fresh else "stopped", last, records, "" if fresh else f"no sign of life; see {log}")
 
