@@ -51,7 +51,8 @@ elif [ "$tasks" = 1 ]; then
 elif [ "$nodes" = 1 ]; then
     handed_on=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # to the ranks, which save themselves
     # shellcheck disable=SC2086
-    exec ${CRYOSPIRE_CONTAINER:-} torchrun --standalone --nproc-per-node="$tasks" --no-python --signals-to-handle "$handed_on" "$@"
+    exec ${CRYOSPIRE_CONTAINER:-} torchrun --standalone --nproc-per-node="$tasks" --no-python \
+        --signals-to-handle "$handed_on" --shutdown-timeout 100 "$@"
 else
     MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
     export MASTER_ADDR

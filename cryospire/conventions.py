@@ -23,7 +23,7 @@ def explained(error: BaseException) -> str:
     """An error in one line; of one from the system, the file first."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    return str(error) or repr(error)
 
 
 def particle_id(image_name: str) -> int:

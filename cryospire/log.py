@@ -48,6 +48,11 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
+def job() -> str:
+    """Id of the scheduler's job that this is; empty where it is none."""
+    return next((os.environ[name] for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID") if os.environ.get(name)), "")
+
+
 def gpus() -> int:
     """GPUs of this job: what SLURM has given, else one a rank where this process uses one."""
     given = os.environ.get("SLURM_GPUS_ON_NODE", "")
@@ -96,7 +101,7 @@ class Progress:
         if self.file is not None:
             base = {
                 "time": time.time(), "stage": self.stage, "done": self.done, "total": self.total,
-                "memory_gb": round(memory_gb(), 3), "host": node(), "job": os.environ.get("SLURM_JOB_ID", ""), "gpus": gpus(),
+                "memory_gb": round(memory_gb(), 3), "host": node(), "job": job(), "gpus": gpus(),
             }
             try:
                 self.file.write(json.dumps(base | numbers) + "\n")

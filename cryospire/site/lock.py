@@ -34,7 +34,7 @@ def acquire(results: Path, *, here: bool = True) -> None:
         _take(path, mine)
         if here and (left := orphans(results)):
             _release(path, mine)
-            raise InputError(f"{results}: still written to by {', '.join(left)}, whose workflow has ended; wait for it or end it first")
+            raise InputError(f"{results}: still written to by {', '.join(left)}; wait for it or end it first")
     except OSError as error:
         raise InputError(explained(error)) from None
     threading.Thread(target=_renew, args=(path, mine["token"]), daemon=True).start()
@@ -60,6 +60,15 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
             grave.unlink()
         else:  # somebody was quicker and lives: back with it
             grave.replace(path)
+
+
+def held(results: Path) -> bool:
+    """Whether a living workflow holds the lock of a folder of results."""
+    path = results / NAME
+    try:
+        return alive(_owner(path), time.time() - path.stat().st_mtime)
+    except OSError:
+        return False
 
 
 def orphans(results: Path) -> list[str]:

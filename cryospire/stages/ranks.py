@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from cryospire.conventions import InputError, explained
 
 def over_ranks(work: Callable[[Any], None]) -> None:
     """``work(comm)`` on every rank: of mpiexec or srun, or of this process alone."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # mpiexec hands on a scheduler's word to trainings that the time limit is near
     from mpi4py import MPI  # importing it starts MPI
 
     comm = MPI.COMM_WORLD

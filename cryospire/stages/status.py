@@ -97,7 +97,7 @@ def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -
         return Stage(name, "failed", last, records, f"{tail[0]} ({log})")
     fresh = now - max(p.stat().st_mtime for p in traces) < FRESH
     if log.exists() and not (last.get("job") or submitted.exists()):  # of a workflow on this machine: what it has begun ends with it
-        fresh = fresh and any((folder / lock.NAME).exists() for folder in (results, results.parent))
+        fresh = fresh and (any(map(lock.held, (results, results.parent))) or bool(lock.orphans(results)))
     return Stage(name, "running" if fresh else "stopped", last, records, "" if fresh else f"no sign of life; see {log}")
 
 
@@ -116,9 +116,14 @@ def outdated(target: Path) -> list[str]:
     if target.suffix != ".zarr":
         return []
     inputs: Any = stores.open_partial(target).attrs["inputs"]
-    paths = {name: Path(source["path"]) for name, source in inputs.items()}
-    there = [name for name, path in paths.items() if path.suffix == ".zarr" and path.exists()]  # not where results have been moved
-    return [name for name in there if stores.fingerprint(paths[name]) != inputs[name]["hash"]]
+    changed = []
+    for name, source in inputs.items():
+        path = Path(source["path"])
+        beside = [path] if path.is_absolute() else [folder / path.name for folder in target.resolve().parents[:2]]
+        found = next((p for p in beside if p.exists()), None)  # none where results have been moved
+        if path.suffix == ".zarr" and found and stores.fingerprint(found) != source["hash"]:
+            changed.append(name)
+    return changed
 
 
 def read(results: Path) -> list[Stage]:

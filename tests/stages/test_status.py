@@ -30,7 +30,7 @@ def test_states_of_a_run(tmp_path: Path, synthetic: SimpleNamespace, capsys: pyt
     with Progress("discover", 3000, metrics=logs / "discover.metrics.jsonl") as progress:
         progress.advance(1000)
         progress.record(epoch=1, loss=212.5, images_per_second=100.0)
-    (tmp_path / lock.NAME).write_text("{}")
+    (tmp_path / lock.NAME).write_text(json.dumps(lock.whoami()))
     (logs / "parts.log").write_text("working\ncryospire: error: parts.anchors: 1 anchors cannot serve 2 parts\n")
     found = states(tmp_path)
     assert found["train"] == "complete" and found["consensus"] == "stopped" and found["discover"] == "running"
@@ -46,7 +46,7 @@ def test_what_a_workflow_has_begun_ends_with_it(tmp_path: Path) -> None:
     """On one machine; a job of a cluster goes on."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/train.log").write_text("train: 100 particles\n")
-    (tmp_path / lock.NAME).write_text("{}")
+    (tmp_path / lock.NAME).write_text(json.dumps(lock.whoami()))
     assert states(tmp_path)["train"] == "running"
     (tmp_path / lock.NAME).unlink()
     assert states(tmp_path)["train"] == "stopped"
@@ -54,12 +54,18 @@ def test_what_a_workflow_has_begun_ends_with_it(tmp_path: Path) -> None:
     assert states(tmp_path)["train"] == "running"
 
 
-def test_what_was_made_of_an_older_input_is_outdated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_made_of_an_older_input_is_outdated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever folder it was made from, and is looked at from."""
+
     def write(name: str, **inputs: Path) -> None:
         stores.finish(stores.create(tmp_path / name, Path(name).stem, config={}, seed=0, inputs=inputs, pixel_size=1, box=16, force=True))
 
     write("discovery.zarr")
-    write("parts.zarr", discovery=tmp_path / "discovery.zarr")
+    monkeypatch.chdir(tmp_path)
+    write("parts.zarr", discovery=Path("discovery.zarr"))
+    monkeypatch.chdir(tmp_path.parent)
     assert states(tmp_path)["parts"] == "complete"
     (tmp_path / "parts.zarr").rename(tmp_path / "kept.zarr")
     stores.put(stores.writable(tmp_path / "discovery.zarr"), "latents", np.ones((3, 2)), ("particle", "latent"), "latents")
