@@ -27,7 +27,7 @@ WORSE = 0.1  # of what stage 1 has gained after its first epoch; less is overfit
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 # One of so many takes density away from the start: a density of limited resolution is negative beside its peaks, and in training
 # hardly a Gaussian changes its sign.
-NEGATIVE = 3
+NEGATIVE = 5
 
 
 def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output: Path, half: int = 0, force: bool = False) -> None:
