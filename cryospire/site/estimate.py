@@ -31,6 +31,7 @@ SPLAT_FLOP = 60.0  # forward and backward, of one Gaussian on one pixel
 DRAWN_MB = 400  # drawings with which stage 2 compares latents, and what is made of them
 IMAGES = 64  # that reconstruct draws at once
 MINUTES = 30  # the least time that is asked for
+START, WARM = 30.0, 60.0  # s until a stage begins, and of a training before its first image
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         rate = GPU_GFLOPS if gpu else CPU_GFLOPS * cpus
         drawn = DRAWN_MB if stage == "train" else 0
         memory = drawn + settings.memory_mib / tasks + pairs * (2 * depth) + 20 * batch * image_mb + n * 1e-4
-        seconds = settings.epochs * n * flop_of_image(settings, b) / (rate * 1e9 * tasks)
+        seconds = WARM + settings.epochs * n * flop_of_image(settings, b) / (rate * 1e9 * tasks)
         disk = 3 * n * 1e-4 + settings.gaussians * 2e-3
     elif stage == "parts":
         memory, seconds = 1400 + 1300 * image_mb + n * 3e-4, 60 + 120 * most_parts(config) + n * 1e-5
@@ -209,6 +210,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         states = config.simulate.states if config.simulate else len(list(config.truth.glob("vol_*.mrc"))) if config.truth else 0
         maps = 60 + 6 * states if stage == "evaluate" else 20 + 4 * config.analyse.states
         memory, seconds = 1000 + maps * b**3 * 4 / 1e6, 300 * (b / 64) ** 3
+    seconds += START
     on_node = -(-tasks // nodes)
     bound = site.max_mem_mb if site and site.max_mem_mb else 1 << 40
     longest = site.max_runtime if site else 1 << 20
@@ -237,7 +239,7 @@ def summary(config: Config, without: set[str], data: Data, site: Site | None, co
     lines = [f"estimate for {data.particles:,} particles, box {data.box}:"]
     for stage, n in asked.items():
         where = f"{n.gpu} GPU on {n.nodes} node(s)" if n.gpu else f"{n.tasks} task(s) on {n.nodes} node(s)"
-        time = f"about {duration(3600 * n.hours):>7} of at most {n.runtime:5d} min"
+        time = f"under {duration(3600 * n.hours):>8} (limit {n.runtime:5d} min)"
         lines.append(f"  {stage:<14} {n.mem_mb / 1000:7.1f} GB memory a node  {time}  {n.disk_mb / 1000:9.3f} GB disk  {where}")
     hours = sum(n.gpu * n.hours for n in asked.values())
     lines.append(f"  together {sum(n.disk_mb for n in asked.values()) / 1000:.2f} GB disk, about {hours:.1f} GPU-hours")
