@@ -82,7 +82,6 @@ class Training(Section):
     deterministic: bool = Field(False, description="GPU: deterministic algorithms only; CPU runs are always deterministic")
     memory_mib: int = Field(512, ge=16, description="images held in memory while streaming, over all ranks; as many are shuffled among each other")
 
-
     @field_validator("lanes")
     @classmethod
     def _divide_the_batch(cls, lanes: int, info: ValidationInfo) -> int:

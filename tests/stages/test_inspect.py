@@ -57,3 +57,24 @@ def test_nothing_to_draw_yet(tmp_path: Path) -> None:
     stores.create(tmp_path / "c.zarr", "consensus", config={}, seed=0, inputs={}, pixel_size=1, box=16)
     with pytest.raises(InputError, match="nothing to draw yet"):
         inspect.run(tmp_path / "c.zarr", preview=tmp_path / "c.png")
+
+
+def test_an_array_that_is_gone_or_damaged_is_named(tmp_path: Path) -> None:
+    group = stores.create(tmp_path / "m.zarr", "model", config={}, seed=0, inputs={}, pixel_size=1, box=16)
+    stores.put(group, "latents", np.random.default_rng(0).normal(size=(50, 2)), ("particle", "latent"), "latents")
+    with pytest.raises(InputError, match=r"m\.zarr: the array anchors/position is not there"):
+        stores.read(group, "anchors/position")
+    chunk = next(p for p in (tmp_path / "m.zarr/latents").rglob("*") if p.is_file() and p.name != "zarr.json")
+    chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"m\.zarr: the array latents is damaged"):
+        stores.read(group, "latents")
+
+
+def test_what_the_system_refuses_is_one_line_too(tmp_path: Path) -> None:
+    """A file in the place of a folder; whoever runs the tests, root too, is refused this."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config.yaml").write_text("particles: p.star\n")
+    command = ["report", "--config", "config.yaml", "--results", ".", "--output", "file/report.html"]
+    done = subprocess.run([sys.executable, "-m", "cryospire", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("cryospire: error: file")
+    assert "Traceback" not in done.stderr
