@@ -288,7 +288,7 @@ def summary(results: Annotated[Path, typer.Argument(help="folder of the run")] =
 
 @app.command()
 def bench(
-    output: Output = Path("bench.json"),
+    output: Annotated[Path, typer.Option("--output", help="what is measured, JSON")] = Path("bench.json"),
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes: whether it runs, not how fast")] = False,
 ) -> None:
     """Speed of training on this machine: parts of a step, dense reference, hardware floor, feed."""
@@ -299,7 +299,7 @@ def bench(
 
 @app.command()
 def scaling(
-    output: Output = Path("scaling.json"),
+    output: Annotated[Path, typer.Option("--output", help="what is measured, JSON")] = Path("scaling.json"),
     latency: Annotated[float, typer.Option(min=0, help="of the link between ranks, microseconds")] = 20.0,
     bandwidth: Annotated[float, typer.Option(min=0.001, help="of the link between ranks, Gbit/s")] = 100.0,
     number: Annotated[int, typer.Option("--stage", min=1, max=2, help="1: discover, 2: train")] = 2,

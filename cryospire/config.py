@@ -54,6 +54,13 @@ class Preprocess(Section):
     shard_mib: int = Field(64, ge=1, description="size of a shard file; one dask task reads and writes one shard")
     workers: int = Field(2, ge=1, description="dask workers on this machine, a thread each")
 
+    @field_validator("box")
+    @classmethod
+    def _is_none_or_even(cls, box: int) -> int:
+        if box and (box < 16 or box % 2):
+            raise ValueError(f"{box}: an even number from 16 on, or 0 for images as they are")
+        return box
+
 
 class Consensus(Section):
     """Rigid reconstruction of all particles."""

@@ -226,8 +226,8 @@ def sentence(name: str, values: dict[str, Any]) -> str:
         p = values["parts"]
         text += f"; {p['found']} parts for {p['true']}, adjusted Rand index {p['adjusted_rand_index']:.2f}"
     for m in values.get("motion", []):
-        text += f"; part {m['part']} turned within {m['error']:.0f} of {m['angle']:.0f} degrees"
+        text += f"; true part {m['part'] + 1} turned within {m['error']:.0f} of {m['angle']:.0f} degrees"
         text += f", its centre moved within {m['centre_error']:.0f} of {m['centre_moved']:.0f} Å"
     for o in values.get("occupancy", []):
-        text += f"; part {o['part']} present {o['present']:.2f}, absent {o['absent']:.2f} (AUC {o['auc']:.2f})"
+        text += f"; true part {o['part'] + 1} present {o['present']:.2f}, absent {o['absent']:.2f} (AUC {o['auc']:.2f})"
     return text

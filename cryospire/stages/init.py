@@ -79,12 +79,13 @@ def header(table: metadata.ParticleTable, config: Config) -> str:
     box, pixel = int(o.box.max()), float(o.pixel_size[int(np.argmax(o.box))])
     cropped = config.preprocess.box or box
     after = pixel * box / cropped
+    crop = f", cropped to {cropped} px of {after:.3f} Å" if cropped < box else ""
     half = np.bincount(table.half_set, minlength=3)
     lines = [
         "cryospire configuration, written by `cryospire init`; every key is here, with its meaning and default.",
         "",
         f"{len(table):,} particles in {len(table.stacks)} stack(s), {len(o.name)} optics group(s), {o.voltage.min():g} kV",
-        f"box {box} px of {pixel:.3f} Å, cropped to {cropped} px of {after:.3f} Å: no finer than {2 * after:.2f} Å",
+        f"box {box} px of {pixel:.3f} Å{crop}: no finer than {2 * after:.2f} Å",
         f"defocus {table.defocus_u.min() / 1e4:.2f} to {table.defocus_u.max() / 1e4:.2f} µm",
         f"half-sets {half[1]:,} and {half[2]:,}" + (f", {half[0]:,} unknown (assigned by seed)" if half[0] else ""),
         *table.notes,

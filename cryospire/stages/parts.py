@@ -44,8 +44,8 @@ FRAGMENTS = 12  # into which features are clustered before they are joined
 SHAPES = 16  # of the molecule, at which fragments are compared
 SAMPLE = 100_000  # latents of which shapes are clustered
 POSES, LEAST = 64, 32  # and along which parts are followed: at most, and particles near each
-# Of all that changes, above which fragments are not joined: eight simulated sets lost 0.13 or more below the true number, at most 0.09
-# above it, but for a part that was not recognised somewhere (0.62), which the images tell.
+# Of the density's variance among particles, above which fragments are not joined: eight simulated sets lost 0.13 or more below the true
+# number, at most 0.09 above it, but for a part that was not recognised somewhere (0.62), which the images tell.
 LOSS = 0.1
 # Rounds of docking, in which parts are drawn anew and learn from each other: until less than a share of the particles has a part that is
 # turned otherwise, but no fewer and no more than.
@@ -119,11 +119,11 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
     counts = np.arange(2, len(losses) + 2)
     stores.put(out, "evidence/parts", counts, ("division",), "number of parts")
     loss = np.array([losses[k] for k in counts.tolist()])
-    stores.put(out, "evidence/loss", loss, ("division",), "what one part fewer would lose, of all that changes")
+    stores.put(out, "evidence/loss", loss, ("division",), "what one part fewer would leave unexplained, over the density's variance")
     write_masks(output.with_name(f"{output.stem}_masks"), model, division.label, division.position, division.amplitude)
     stores.finish(out)
     tell(division, path, mean_mass, len(places[0]))
-    say("parts: one part fewer would lose, of all that changes, " + _row(losses, chosen, settings.max_parts))
+    say("parts: one part fewer would leave unexplained, over the density's variance: " + _row(losses, chosen, settings.max_parts))
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ def tell(division: Division, path: rigid.Shapes, mass: Array, anchors: int) -> N
 
 
 def suggest(losses: dict[int, float], most: int) -> int:
-    """The number of parts, at most ``most``, below which joining first loses more than ``LOSS`` of all that changes."""
+    """The number of parts, at most ``most``, below which joining first loses more than ``LOSS`` of the variance."""
     return min(most, max((k for k, loss in losses.items() if loss > LOSS), default=1))
 
 

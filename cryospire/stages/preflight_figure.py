@@ -25,7 +25,7 @@ def draw(path: Path, evidence: dict[str, dict[str, Evidence]], curves: dict[str,
     best = max((e for results in evidence.values() for e in results.values()), key=lambda e: e.explained)
     volume, half = best.maps.mean(0), sample.box // 2
     axes[0, 1].imshow(torch.cat([volume[half], volume[:, half], volume[:, :, half]], 1).numpy(), cmap="gray")
-    axes[0, 1].set_title(f"map of {len(sample.half):,} particles: central slices, {best.resolution:.1f} Å")
+    axes[0, 1].set_title(f"map of {len(sample.half):,} particles\ncentral slices, {best.resolution:.1f} Å")
     for a in axes[0, :2]:
         a.set_axis_off()
     frequency = torch.arange(half + 1).numpy() / (sample.box * sample.pixel_size)

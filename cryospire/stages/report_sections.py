@@ -38,8 +38,8 @@ def parts(results: Results) -> str:
     )  # fmt: skip
     proof = page.curve(
         figures.evidence(array(group, "evidence/parts"), array(group, "evidence/loss"), count),
-        "Evidence for the number of parts (dotted: chosen): how much of all that changes one part fewer would leave unexplained, "
-        "when a part is there as one rigid body or is absent.",
+        "Evidence for the number of parts (dotted: chosen): what one part fewer would leave unexplained, when a part is there as "
+        "one rigid body or is absent, over the variance of the density among particles; of one body for all it can be more than that.",
     )
     anchors = np.bincount(array(group, "anchors/part"), minlength=count)
     angle, offset = (torch.from_numpy(array(group, f"motion/{name}")) for name in ("angle", "offset"))

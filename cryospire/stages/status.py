@@ -183,9 +183,11 @@ def run(results: Path) -> None:
         "waiting": "dim",
     }  # fmt: skip
     stages = read(results)
-    table = Table(title=str(results), title_justify="left", box=None, header_style="bold")
+    table = Table(title=str(results), title_justify="left", box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     for head in ("stage", "state", "done", "epoch", "loss", "images/s", "left", "GB", "node", "job"):
-        table.add_column(head, justify="left" if head in ("stage", "state", "node", "job") else "right", no_wrap=True)
+        words = head in ("stage", "state", "node", "job")
+        # Where a terminal is narrow, names of nodes are cut; nothing else is.
+        table.add_column(head, justify="left" if words else "right", no_wrap=head != "node", overflow="ellipsis")
     for stage in stages:
         row = cells(stage)
         table.add_row(row[0], f"[{colours[stage.state]}]{row[1]}[/]", *row[2:])

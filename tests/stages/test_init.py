@@ -50,8 +50,10 @@ def test_a_selection_becomes_a_key(tmp_path: Path) -> None:
 
 
 def test_small_boxes_stay(tmp_path: Path) -> None:
-    found = configuration.load(write(tmp_path, 64))
+    path = write(tmp_path, 64)
+    found = configuration.load(path)
     assert found.preprocess.box == 0 and found.discover.gaussians == 1024
+    assert "box 64 px of 1.310 Å: no finer than 2.62 Å" in path.read_text()
 
 
 @pytest.mark.parametrize(("largest", "expected"), [(128, 128), (127, 120), (100, 100), (94, 90)])

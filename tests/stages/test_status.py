@@ -42,6 +42,20 @@ def test_states_of_a_run(tmp_path: Path, synthetic: SimpleNamespace, capsys: pyt
     assert "212.500" in shown and "parts.log" in shown and "cannot serve" in shown
 
 
+def test_a_narrow_terminal_cuts_names_of_nodes_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record: dict[str, object] = {"done": 345_678, "total": 1_234_567, "epoch": 15, "loss": 4212.512}
+    record |= {"images_per_second": 12345.0, "memory_gb": 123.45, "job": "12345678"}
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/preprocess.metrics.jsonl").write_text(json.dumps(record | {"host": "gpu-0123.cluster.uni.edu"}) + "\n")
+    monkeypatch.setenv("COLUMNS", "80")
+    status.run(tmp_path)
+    shown = next(line for line in capsys.readouterr().out.splitlines() if "preprocess" in line)
+    assert len(shown) <= 80
+    assert all(word in shown for word in ("running", "4212.512", "12,345", "123.45", "gpu", "12345678"))
+
+
 def test_what_a_workflow_has_begun_ends_with_it(tmp_path: Path) -> None:
     """On one machine; a job of a cluster goes on."""
     (tmp_path / "logs").mkdir()

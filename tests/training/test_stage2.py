@@ -9,9 +9,10 @@ import zarr
 from torch.nn.functional import one_hot
 
 from cryospire import kernels
-from cryospire.config import Train
+from cryospire.config import Config, Discover, Parts, Train
 from cryospire.io import stores
 from cryospire.maths.poses import random_rotations
+from cryospire.stages import discover, parts, train
 from cryospire.stages.train import warm_start
 from cryospire.training.data import Particles
 from cryospire.training.distributed import seed_everything, team
@@ -72,3 +73,27 @@ def test_parts_that_come_and_go_are_not_lost(tmp_path: Path, plant: Callable[...
     assert occupancy[present.bool()].mean() > 0.9 and occupancy[~present.bool()].mean() < 0.1
     of_part = torch.stack([occupancy[:, part == k].mean(1) for k in range(PARTS)], 1)
     assert float(((of_part > 0.5) == there[state].bool()).all(1).float().mean()) > 0.97
+
+
+@pytest.mark.parametrize(("lr", "warned"), [(3e-3, False), (0.3, True)])
+def test_a_training_that_undoes_stage_1_says_so(
+    particles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lr: float, warned: bool
+) -> None:
+    data = Particles(stores.open_store(particles, "particles"))
+    grid = {"pixel_size": data.pixel_size, "box": data.box}
+    consensus = stores.create(tmp_path / "consensus.zarr", "consensus", config={}, seed=0, inputs={}, **grid)
+    centre, scale = torch.tensor([[-10.0, 0, 0], [8, 6, 0], [6, -8, 5]]), torch.full((3,), 4.8)  # as in the images, at rest
+    volume = kernels.render_volume(centre, torch.full((3,), 2 / (2 * torch.pi) ** 0.5 / 4.8), scale, data.box, data.pixel_size)
+    values = {"map": volume, "half_maps": torch.stack([volume, volume]), "mask": (volume > 0.01).float(), "fsc": torch.ones(9)}
+    for name, value in values.items():
+        stores.put(consensus, name, value.numpy(), tuple(f"d{k}" for k in range(value.ndim)), name)
+    stores.finish(consensus)
+    config = Config(
+        threads=1, discover=Discover(gaussians=64, epochs=6, features=4), parts=Parts(parts=2, anchors=2),
+        train=Train(gaussians=128, epochs=4, hidden=32, rank=8, batch=32, lr=lr, lr_density=max(0.02, lr)),
+    )  # fmt: skip
+    found, division = tmp_path / "discovery.zarr", tmp_path / "parts.zarr"
+    discover.run(config, particles=particles, consensus=tmp_path / "consensus.zarr", output=found)
+    parts.run(config, particles=particles, discovery=found, output=division)
+    train.run(config, particles=particles, discovery=found, parts=division, output=tmp_path / "model.zarr")
+    assert ("WARNING: the images are explained worse than by stage 1" in capsys.readouterr().err) == warned

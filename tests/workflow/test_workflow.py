@@ -224,6 +224,7 @@ def test_another_name_of_the_config_reruns_nothing(run: Path) -> None:
     [
         ({"train": {"epoch": 3}}, "train.epoch: Extra inputs"),
         ({"parts": {"max_parts": 1}}, "parts.max_parts: Input should be greater"),
+        ({"preprocess": {"box": 4}}, "preprocess.box: .*even number from 16 on.*value 4"),
         ({"train": {"batch": 20}}, "train.lanes: .*batch, 20, is no multiple of it .value 8"),
     ],
 )
