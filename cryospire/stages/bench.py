@@ -156,14 +156,14 @@ def one(case: Case, device: torch.device, folder: Path, limits: dict[str, float]
     model, config = mixture(case)
     model.to(device)
     data = _store(folder, case.box, (64 if device.type == "cuda" else 4) * case.batch).to(device)
-    latents = Latents(0.1 * torch.randn(len(data), LATENT), 0)
+    latents = Latents(0.1 * torch.randn(len(data), LATENT).to(device), 0)
     adam = loop.optimizer(model, config)
     first = next(_epoch(data, config)).to(device)
-    on = [latents.take(first.rows).to(device), first.rotation, first.shift, first.transfer, first.images]
+    on = [latents.take(first.rows), first.rotation, first.shift, first.transfer, first.images]
 
     def step(batch: Batch) -> None:
         zb = latents.take(batch.rows)
-        loss = model(zb.to(device), batch.rotation, batch.shift, batch.transfer, batch.images).mean() + loop.prior(model, config)
+        loss = model(zb, batch.rotation, batch.shift, batch.transfer, batch.images).mean() + loop.prior(model, config)
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()
@@ -189,16 +189,19 @@ def _epoch(data: Particles, config: Training) -> Iterator[Batch]:
 
 
 def streamed(step: Callable[[Batch], None], data: Particles, config: Training, device: torch.device, seconds: float) -> float:
-    """Median seconds of a step, batches coming from the background thread."""
+    """Median seconds of a step, batches coming from the background thread; a GPU is waited for as often as in a training."""
     times: list[float] = []
-    while len(times) < REPEATS or sum(times) < 2 * seconds:
+    several = loop.AGREE_EVERY if device.type == "cuda" else 1
+    while len(times) < REPEATS or several * sum(times) < 2 * seconds:
         last = time.perf_counter()
-        for batch in prefetch(_epoch(data, config), device):
+        for count, batch in enumerate(prefetch(_epoch(data, config), device), 1):
             step(batch)
+            if count % several:
+                continue
             wait(device)
-            times.append(time.perf_counter() - last)
+            times.append((time.perf_counter() - last) / several)
             last = time.perf_counter()
-            if len(times) >= REPEATS and sum(times) > 2 * seconds:
+            if len(times) >= REPEATS and several * sum(times) > 2 * seconds:
                 break
     return float(np.median(times))
 
@@ -230,7 +233,7 @@ def parts(
 
     def optimiser() -> None:
         adam.step()
-        latents.step(batch.rows, torch.zeros_like(z, device="cpu"), config.lambda_z, config.lr_z)
+        latents.step(batch.rows, torch.zeros_like(z), config.lambda_z, config.lr_z)
 
     def fft() -> None:
         residual_energy(images.detach().requires_grad_(), transfer, images, model.strength_sd).sum().backward()

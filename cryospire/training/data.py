@@ -54,7 +54,7 @@ def steps_in_epoch(particles: int, lanes: int, batch: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    rows: Rows
+    rows: Tensor  # (B,) of the particles
     images: Tensor  # (B, box, box), whitened, in the store's precision
     rotation: Tensor  # (B, 3, 3)
     shift: Tensor  # (B, 2) Å
@@ -63,8 +63,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """On the device, images in single precision (torch converts it six times as fast as numpy)."""
-        images, rotation, shift, transfer = (t.to(device) for t in (self.images, self.rotation, self.shift, self.transfer))
-        return Batch(self.rows, images.float(), rotation, shift, transfer, self.total)
+        parts = (self.rows, self.images, self.rotation, self.shift, self.transfer)
+        rows, images, rotation, shift, transfer = (send(t, device) for t in parts)
+        return Batch(rows, images.float(), rotation, shift, transfer, self.total)
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """On the device.  From pinned memory a GPU fetches in the order of its work, and nobody waits for it."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 class Particles:
@@ -106,7 +114,7 @@ class Particles:
 
     def transfer(self, rows: Rows) -> Tensor:
         """CTF times whitening (B, box, box // 2 + 1) of the given rows, on the device of these particles."""
-        index = torch.from_numpy(rows).to(self.group.device)
+        index = send(torch.from_numpy(rows), self.group.device)
         group = self.group[index]
         c = {k: v[index].float() for k, v in self.ctf.items()}
         o = {k: v[group].float() for k, v in self.optics.items()}
@@ -161,7 +169,7 @@ def batches(
         images = np.concatenate([p[1] for p in found]) if found else np.empty((0, data.box, data.box), np.float32)
         index = torch.from_numpy(rows)
         yield Batch(
-            rows,
+            index,
             torch.from_numpy(images),
             data.rotation[index],
             data.shift[index],

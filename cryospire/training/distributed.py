@@ -63,7 +63,8 @@ class Team:
         return total.tolist()
 
     def gather(self, rows: Tensor) -> Tensor | None:
-        """Rows of every rank, in rank order, on rank 0; None elsewhere."""
+        """Rows of every rank, in rank order, in the CPU's memory of rank 0; None elsewhere."""
+        rows = rows.cpu()
         if self.size == 1:
             return rows
         counts = [0] * self.size

@@ -21,7 +21,7 @@ from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import Progress, memory_gb, say
 from cryospire.training import checkpoint
-from cryospire.training.data import Particles, batches, lane_bounds, prefetch, steps_in_epoch
+from cryospire.training.data import Particles, batches, lane_bounds, prefetch, send, steps_in_epoch
 from cryospire.training.distributed import Team
 from cryospire.training.latents import Latents
 from cryospire.training.model import Mixture
@@ -84,7 +84,7 @@ def fit(
     lanes = team.lanes(config.lanes, config.batch)
     bounds = lane_bounds(len(data), config.lanes)
     start, stop = int(bounds[lanes.start]), int(bounds[lanes.stop])
-    latents = Latents(z[start:stop].clone(), start)
+    latents = Latents(z[start:stop].clone().to(team.device), start)
     model.to(team.device)
     data.to(team.device)
     # Stage 1's latents are kept moving: from settled ones, nearer to the truth, stage 2 ended farther from it (mixed 0.491, not 0.492).
@@ -95,18 +95,19 @@ def fit(
     per_epoch = steps_in_epoch(len(data), config.lanes, config.batch)
     history: dict[str, list[float]] = {k: [] for k in ("epoch", "loss", "latent_sd", "learning_rate", "images_per_second", "memory_gb")}
     first_epoch = first_step = 0
-    running = 0.0
+    running = torch.zeros((), dtype=torch.float64, device=team.device)  # there, lest every step waits for its loss
     if saved is not None:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
-        latents.z, latents.fisher = saved["latents"][start:stop].clone(), saved["fisher"]
+        latents.z, latents.fisher = (saved[k].clone().to(team.device) for k in ("latents", "fisher"))
+        latents.z = latents.z[start:stop]
         first_epoch, first_step, history = saved["epoch"], saved["step"], saved["history"]
-        running = saved["running"] if team.rank == 0 else 0.0  # of all ranks
+        running += saved["running"] if team.rank == 0 else 0.0  # of all ranks
         say(f"{stage}: resumed at epoch {first_epoch + 1}, step {first_step} of {per_epoch}")
 
     def keep(epoch: int, step: int) -> None:
         columns = team.gather(latents.z)
-        total = team.sum(running)[0] if step else 0.0
+        total = team.sum(float(running))[0] if step else 0.0
         if columns is not None:
             state = {
                 "model": model.state_dict(),
@@ -129,8 +130,8 @@ def fit(
         source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch)
         for step, batch in enumerate(prefetch(source, team.device)):
             if len(batch.rows):
-                at = torch.from_numpy(batch.rows - start)
-                new[at] = restarted(model, drawings, latents.z[at].to(team.device), batch, config.lambda_z).cpu()
+                at = batch.rows - start
+                new[at] = restarted(model, drawings, latents.z[at], batch, config.lambda_z)
             progress.advance(0, "latents compared with others")
             if (step + 1) % AGREE_EVERY == 0 and team.sum(wish())[0]:
                 keep(epoch, 0)
@@ -155,7 +156,7 @@ def fit(
                 for group, rate in zip(adam.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
                 zb = latents.take(batch.rows)
-                on = [zb.to(team.device), batch.rotation, batch.shift, batch.transfer, batch.images]
+                on = [zb, batch.rotation, batch.shift, batch.transfer, batch.images]
                 if step % PROBE_EVERY == 0:
                     latents.learn(probe(model, on, config, lanes, (seed, epoch, step)), team)
                 energy = likelihood(*on)
@@ -164,12 +165,12 @@ def fit(
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
                 adam.step()
-                running += float(energy.detach().sum() + config.lambda_z / 2 * zb.detach().square().sum())
+                running += energy.detach().sum() + config.lambda_z / 2 * zb.detach().square().sum()
                 gradient = zb.grad / weight if zb.grad is not None else torch.zeros_like(zb)
                 latents.step(batch.rows, gradient, config.lambda_z, config.lr_z * (factor if settling else 1))
                 progress.advance(batch.total, f"epoch {epoch + 1}/{config.epochs}")
                 if (step + 1) % AGREE_EVERY == 0:
-                    total, stops, overdue = team.sum(running, wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
+                    total, stops, overdue = team.sum(float(running), wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
                     if not math.isfinite(total):
                         raise InputError(
                             f"{stage}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; lower lr or look for damaged images"
@@ -181,7 +182,7 @@ def fit(
                         say(f"{stage}: stopped by a signal; saved at epoch {epoch + 1}, step {step + 1}: run the same command to go on")
                         raise Interrupted
             spread = team.sum(float(latents.z.square().sum()))[0]
-            total = team.sum(running)[0]
+            total = team.sum(float(running))[0]
             if not math.isfinite(total):
                 raise InputError(f"{stage}: the loss is not finite in epoch {epoch + 1}; lower lr or look for damaged images")
             numbers = {
@@ -196,7 +197,8 @@ def fit(
                 history[name].append(value)
             progress.record(**numbers)
             say(f"{stage}: epoch {epoch + 1}/{config.epochs}  loss {numbers['loss']:.3f}  latent sd {numbers['latent_sd']:.3f}")
-            first_step, running = 0, 0.0
+            first_step = 0
+            running.zero_()
             if epoch + 1 < config.epochs:
                 keep(epoch + 1, 0)
                 kept = time.monotonic()
@@ -219,10 +221,10 @@ def probe(model: Mixture, batch: list[Tensor], config: Training, lanes: range, s
     shape, first = (config.batch, *images.shape[1:]), lanes.start * (config.batch // config.lanes)
     drawn = np.frombuffer(np.random.default_rng(seed).bytes(math.prod(shape) // 8 + 1), np.uint8)
     bits = np.unpackbits(drawn, count=math.prod(shape)).reshape(shape)[first : first + len(z)]
-    mine = 2.0 * torch.from_numpy(bits).to(images.device) - 1
+    mine = 2.0 * send(torch.from_numpy(bits), images.device) - 1
     back = torch.fft.irfft2(torch.fft.rfft2(mine) * transfer, s=mine.shape[1:])
     zs = z.detach().requires_grad_()
-    return torch.autograd.grad((model.project(zs, rotation, shift) * back).sum(), zs)[0].cpu()
+    return torch.autograd.grad((model.project(zs, rotation, shift) * back).sum(), zs)[0]
 
 
 def prior(model: Mixture, config: Training) -> Tensor:

@@ -24,7 +24,7 @@ def data(particles: Path) -> Particles:
 
 
 def epoch(data: Particles, lanes: range, first: int = 0, memory_mib: int = 16) -> list[np.ndarray]:
-    return [b.rows for b in batches(data, lanes, 4, 12, memory_mib, seed=3, epoch=1, first=first)]
+    return [b.rows.numpy() for b in batches(data, lanes, 4, 12, memory_mib, seed=3, epoch=1, first=first)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -58,7 +58,7 @@ def test_a_resumed_epoch_goes_on_with_the_same_batches(data: Particles, first: i
 def test_images_belong_to_their_rows(data: Particles) -> None:
     stored = data.images[...]
     for batch in prefetch(batches(data, range(4), 4, 12, 16, seed=0, epoch=0)):
-        assert np.array_equal(batch.images.numpy(), stored[batch.rows])
+        assert np.array_equal(batch.images.numpy(), stored[batch.rows.numpy()])
         assert batch.transfer.shape == (len(batch.rows), 16, 9)
 
 
@@ -85,7 +85,7 @@ def test_a_half_set_alone(particles: Path, data: Particles, half: int) -> None:
     assert np.array_equal(alone.id, data.id[where]) and set(alone.half_set) == {half}
     seen = []
     for batch in batches(alone, range(4), 4, 12, 16, seed=0, epoch=0):
-        of_all = where[batch.rows]
+        of_all = where[batch.rows.numpy()]
         assert np.array_equal(batch.images.numpy(), data.images[...][of_all])
         assert np.array_equal(batch.rotation.numpy(), data.rotation[of_all].numpy())
         seen.append(of_all)

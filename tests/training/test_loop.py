@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,7 +49,7 @@ def test_latents_reach_the_maximum_a_posteriori_of_a_linear_model() -> None:
     matrix = torch.randn(30, 3, generator=g) @ torch.diag(torch.tensor([1.0, 0.5, 0.2]))
     truth = torch.randn(500, 3, generator=g)
     images = truth @ matrix.T + torch.randn(500, 30, generator=g)
-    table, rows = Latents(torch.zeros(500, 3), 0), np.arange(500)
+    table, rows = Latents(torch.zeros(500, 3), 0), torch.arange(500)
     with team() as alone:
         for _ in range(50):
             table.learn(torch.randn(500, 30, generator=g) @ matrix, alone)
@@ -61,7 +60,7 @@ def test_latents_reach_the_maximum_a_posteriori_of_a_linear_model() -> None:
 
 def test_a_row_is_untouched_by_batches_without_it() -> None:
     table = Latents(torch.zeros(5, 2), 0)
-    table.step(np.array([1, 3]), torch.ones(2, 2), 1.0, 0.1)
+    table.step(torch.tensor([1, 3]), torch.ones(2, 2), 1.0, 0.1)
     assert torch.equal(table.z[[0, 2, 4]], torch.zeros(3, 2)) and (table.z[[1, 3]] < 0).all()
 
 

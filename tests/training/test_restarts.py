@@ -35,7 +35,7 @@ def seen(model: Mixture, z: Tensor) -> Batch:
     defocus = 15_000 + 10_000 * torch.rand(n, generator=g)
     transfer = ctf(BOX, PIXEL, defocus, defocus, torch.zeros(n), *(torch.full((n,), v) for v in (300.0, 2.7, 0.1)))
     clean = torch.fft.irfft2(torch.fft.rfft2(model.project(z, rotation, shift)) * transfer, s=(BOX, BOX))
-    return Batch(torch.arange(n).numpy(), clean + torch.randn(n, BOX, BOX, generator=g), rotation, shift, transfer, n)
+    return Batch(torch.arange(n), clean + torch.randn(n, BOX, BOX, generator=g), rotation, shift, transfer, n)
 
 
 @pytest.mark.parametrize("sd", [0.0, 0.2])
