@@ -33,6 +33,8 @@ class Simulate(Section):
     pixel_size: float = Field(6.0, gt=0, description="Å")
     snr: float = Field(0.04, gt=0, description="signal variance over noise variance in this box (CryoBench: 0.01 at box 256 is 0.04 at 128)")
     shift: float = Field(10.0, ge=0, description="standard deviation of particle shifts, Å")
+    turn_error: float = Field(0.0, ge=0, description="standard deviation of the errors of the table's poses about an axis, degrees")
+    shift_error: float = Field(0.0, ge=0, description="standard deviation of the errors of the table's shifts along an axis, Å")
     strength: float = Field(0.0, ge=0, lt=0.5, description="standard deviation over images of how strongly they show the particle (ice and what lies in it), about 1")
     resolution: float = Field(0.0, ge=0, description="of the truth, Å: an atom is a Gaussian of sd 0.225 of it, as in ChimeraX molmap, cut softly at Nyquist; 0: 2.2 pixels")
 
@@ -82,6 +84,7 @@ class Training(Section):
     lambda_z: float = Field(1.0, ge=0, description="weight of |z|^2 / 2 beside |residual|^2 / 2 summed over pixels; 1 is the MAP estimate under unit noise")
     lr: float = Field(1e-2, gt=0, description="Adam, networks and features")
     lr_z: float = Field(1.0, gt=0, description="latents: fraction of a natural-gradient (Newton) step a visit, in stage 2 falling like lr; each is visited once an epoch")
+    refine_poses: bool = Field(True, description="correct the pose of every particle along with its latent; how wrong poses are is learnt from the images")
     lr_density: float = Field(0.02, gt=0, description="Adam, centres (pixels), log scales and relative amplitudes of the Gaussians")
     lanes: int = Field(8, ge=1, validate_default=True, description="fixed division of the particles among ranks; the number of ranks must divide it, and so must the batch")
     cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales; of a peak at most exp(-cutoff^2 / 2) is left out, 1.1 % at 3")

@@ -65,6 +65,28 @@ def frames(v: Tensor) -> Tensor:
     return torch.stack([x, y, torch.linalg.cross(x, y)], -1)
 
 
+def corrected(rotation: Tensor, shift: Tensor, correction: Tensor, box: int, pixel_size: float) -> tuple[Tensor, Tensor]:
+    """Poses, rotations (B, 3, 3) and shifts (B, 2) Å, after a small ``correction`` (B, 5), all in pixels: turns about the axes of the view,
+    at a quarter of the box from the centre, and shifts.
+
+    The turn is that of the Gibbs vector g, which has its axis and length ``tan(angle / 2)``: ``1 + 2 (K + K^2) / (1 + g^2)``.
+    """
+    g = correction[:, :3] * (2 / box)
+    x, y, z = g.unbind(1)
+    zero = torch.zeros_like(x)
+    k = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).view(-1, 3, 3)
+    turn = torch.eye(3, dtype=g.dtype, device=g.device) + (k + k @ k) * (2 / (1 + g.square().sum(1)))[:, None, None]
+    return turn @ rotation, shift + correction[:, 3:] * pixel_size
+
+
+def correction(rotation: Tensor, shift: Tensor, rotation_after: Tensor, shift_after: Tensor, box: int, pixel_size: float) -> Tensor:
+    """The correction (B, 5) that takes the first poses to those after it; inverse of ``corrected``."""
+    turn = rotation_after @ rotation.transpose(1, 2)
+    cosine = (turn.diagonal(dim1=1, dim2=2).sum(1) + 1)[:, None]
+    g = torch.stack([turn[:, 2, 1] - turn[:, 1, 2], turn[:, 0, 2] - turn[:, 2, 0], turn[:, 1, 0] - turn[:, 0, 1]], 1) / cosine
+    return torch.cat([g * (box / 2), (shift_after - shift) / pixel_size], 1)
+
+
 def rotvec_to_matrix(v: Tensor) -> Tensor:
     """Rotations (..., 3, 3) of rotation vectors (..., 3), radians.  cryoSPARC's pose is the transpose of this."""
     return exp_so3(v)

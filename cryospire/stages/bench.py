@@ -156,23 +156,24 @@ def one(case: Case, device: torch.device, folder: Path, limits: dict[str, float]
     model, config = mixture(case)
     model.to(device)
     data = _store(folder, case.box, (64 if device.type == "cuda" else 4) * case.batch).to(device)
-    latents = Latents(0.1 * torch.randn(len(data), LATENT).to(device), 0)
+    latents = Latents.of(config, LATENT, 0.1 * torch.randn(len(data), LATENT).to(device), 0)
     adam = loop.optimizer(model, config)
     first = next(_epoch(data, config)).to(device)
-    on = [latents.take(first.rows), first.rotation, first.shift, first.transfer, first.images]
+    on = loop.seen(model, latents.take(first.rows).detach(), first)
 
     def step(batch: Batch) -> None:
         zb = latents.take(batch.rows)
-        loss = model(zb, batch.rotation, batch.shift, batch.transfer, batch.images).mean() + loop.prior(model, config)
+        loss = model(*loop.seen(model, zb, batch)).mean() + loop.prior(model, config)
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()
         assert zb.grad is not None
-        latents.step(batch.rows, zb.grad, config.lambda_z, config.lr_z)
+        latents.step(batch.rows, zb.grad, config.lr_z)
 
     step(first)
     times = {name: median_time(work, device, seconds) for name, work in parts(model, config, latents, adam, first, on).items()}
-    times["probe"] = median_time(lambda: loop.probe(model, on, config, range(config.lanes), (0,)), device, seconds) / loop.PROBE_EVERY
+    z, lanes = latents.z[: case.batch], range(config.lanes)
+    times["probe"] = median_time(lambda: loop.probe(model, z, first, config, lanes, (0,)), device, seconds) / loop.PROBE_EVERY
     times["feed"] = median_time(lambda: list(islice(_epoch(data, config), FED)), device, seconds) / FED
     times["step"] = median_time(lambda: step(first), device, seconds) + times["probe"]
     intervals = streamed(step, data, config, device, seconds)
@@ -233,7 +234,7 @@ def parts(
 
     def optimiser() -> None:
         adam.step()
-        latents.step(batch.rows, torch.zeros_like(z), config.lambda_z, config.lr_z)
+        latents.step(batch.rows, torch.zeros_like(latents.z[: len(z)]), config.lr_z)
 
     def fft() -> None:
         residual_energy(images.detach().requires_grad_(), transfer, images, model.strength_sd).sum().backward()

@@ -25,6 +25,8 @@ HISTORY = {
     "epoch": ("epoch, from 1", ""),
     "loss": ("mean negative log posterior of a particle", ""),
     "latent_sd": ("standard deviation of latent coordinates", ""),
+    "turn_sd": ("standard deviation of the errors of the given poses about an axis, as the images say", "degrees"),
+    "shift_sd": ("standard deviation of the errors of the given shifts along an axis, as the images say", "Å"),
     "learning_rate": ("learning rate of the networks at the end of the epoch", ""),
     "images_per_second": ("images a second, all ranks", "1/s"),
     "memory_gb": ("peak memory of rank 0", "GB"),
@@ -69,6 +71,8 @@ def write(group: Any, model: mixtures.Mixture, latents: Tensor, data: Particles,
     stores.put(group, "id", data.id, ("particle",), "permanent particle id")
     stores.put(group, "half_set", data.half_set, ("particle",), "half-set of the particle, 1 or 2")
     stores.put(group, "latents", latents.numpy(), ("particle", "latent"), "latent of the particle, unit normal prior")
+    stores.put(group, "pose/rotation", data.rotation.numpy(), ("particle", "row", "column"), "refined pose: model to view")
+    stores.put(group, "pose/shift", data.shift.numpy(), ("particle", "xy"), "refined shift of the particle from the centre", "Å")
     mixtures.save(group, model)
     for name, values in history.items():
         long_name, units = HISTORY[name]

@@ -46,6 +46,7 @@ def run(
     group = stores.open_store(particles, "particles")
     data, model = Particles(group), load(discovery)
     found = stores.open_store(discovery, "discovery")
+    data.take_poses(found)
     rows = stores.join(data.id, stores.read(found, "id"), f"{discovery} against {particles}")
     start_threads(config.threads)
     values = evidence(model, torch.from_numpy(stores.read(found, "latents")[rows]).float(), data)

@@ -63,6 +63,7 @@ def run(config: Config, *, particles: Path, discovery: Path, output: Path, force
     stores.check_replaceable(output, "parts", config=configuration.section(settings), force=force)
     data, group = Particles(stores.open_store(particles, "particles")), stores.open_store(discovery, "discovery")
     stores.check_made_from(group, "particles", particles, "discover")
+    data.take_poses(group)
     model, latents = load(discovery), stores.read(group, "latents")
     rows = stores.join(stores.read(group, "id"), data.id, f"{particles} against {discovery}")
     if settings.anchors < max(1, settings.parts):

@@ -74,6 +74,7 @@ def reconstruct(comm: Any, config: Config, particles: Path, model: Path, output:
     """What ``run`` does, over the ranks of ``comm``; each owns a range of the particles."""
     data, mixture = Particles(stores.open_store(particles, "particles")), load(model)
     latents, part = load_latents(model, data.id), part_of_gaussians(model)
+    data.take_poses(stores.open_store(model, "model"))
     if not np.isin(data.half_set, (1, 2)).all():
         raise InputError(f"{particles}: half_set: particles belong to half-set 1 or 2; run preprocess again")
     if (mixture.box, mixture.pixel_size) != (data.box, data.pixel_size):

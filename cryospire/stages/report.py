@@ -25,7 +25,7 @@ from cryospire.stages.report_results import Missing, Results, array
 
 Array = NDArray[Any]
 
-HISTORY = ("epoch", "loss", "latent_sd", "images_per_second")
+HISTORY = ("epoch", "loss", "latent_sd", "images_per_second", "turn_sd", "shift_sd")
 OPTICS = (("voltage", "voltage", "kV"), ("cs", "spherical aberration", "mm"), ("amplitude_contrast", "amplitude contrast", ""))
 PACKAGES = ("torch", "numpy", "numba", "scipy", "scikit-learn", "umap-learn", "zarr", "dask", "mpi4py", "mrcfile", "starfile", "snakemake")
 
@@ -95,7 +95,15 @@ def training(results: Results) -> str:
         "discover finds parts with a coarse mixture, train refines with parts that move rigidly. The loss contains the noise of every "
         "pixel, so its fall is small beside its value. Latents that spread away from zero carry information."
     )
-    return page.text(last + ".") + page.curve(figures.histories(runs), caption)
+    *_, newest = runs.values()
+    wrong = ""
+    if newest.get("turn_sd", [0])[-1] > 0:
+        turn, shift = (newest[k][-1] for k in ("turn_sd", "shift_sd"))
+        wrong = (
+            f"The given poses are wrong by {turn:.1f}° about an axis and {shift:.1f} Å along one (standard deviations), as the images "
+            "tell; every particle's is corrected along with its latent."
+        )
+    return page.text(last + ".", wrong) + page.curve(figures.histories(runs), caption)
 
 
 def history(results: Results, stage: str, name: str) -> dict[str, Array]:

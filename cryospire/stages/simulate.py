@@ -33,7 +33,7 @@ RESOLUTION = 2.2  # pixels; resolution of the truth where none is given
 LINKER_TRIES = 200
 CLASH = 0.01  # fraction of the moving group's atoms that may touch the rest
 # Independent streams of random numbers.
-POSES, SHIFTS, DEFOCI, LABELS, NOISE, LINKERS, HALVES, STRENGTHS = range(8)
+POSES, SHIFTS, DEFOCI, LABELS, NOISE, LINKERS, HALVES, STRENGTHS, ERRORS = range(9)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,17 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
     star.unlink(missing_ok=True)
     write_truth(output / "truth", molecule, states, labels, settings, config.seed)
     write_images(output, states, table, labels, settings, config.seed)
-    metadata_relion.write_star(star, table)
+    metadata_relion.write_star(star, mistaken(table, settings, config.seed))
     what = f"box {settings.box} at {settings.pixel_size:g} Å, SNR {settings.snr:g}"
     say(f"simulate   {star}: {settings.particles:,} particles, {settings.states} states, {what}")
+
+
+def mistaken(table: ParticleTable, settings: Simulate, seed: int) -> ParticleTable:
+    """The table as a consensus refinement might leave it: with errors of poses and shifts, normal about and along every axis."""
+    rng = np.random.default_rng(_stream(seed, ERRORS))
+    turn = poses.exp_so3(torch.from_numpy(np.deg2rad(settings.turn_error) * rng.standard_normal((len(table), 3))))
+    shift = table.shift + settings.shift_error * rng.standard_normal((len(table), 2))
+    return replace(table, rotation=(turn @ torch.from_numpy(table.rotation)).numpy(), shift=shift)
 
 
 def check(settings: Simulate) -> None:

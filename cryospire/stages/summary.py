@@ -13,6 +13,8 @@ from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.stages import status
 
+NAMES = {"model": "poses"}  # where a line is not named after its store
+
 
 def run(results: Path) -> None:
     """Print the summary of a run's folder."""
@@ -25,10 +27,10 @@ def run(results: Path) -> None:
 
 def lines(results: Path) -> Iterator[str]:
     """Findings first, then places; a stage that has not run yet is left out."""
-    for name, tell in {"particles": particles, "consensus": consensus, "parts": parts, "analysis": states}.items():
+    for name, tell in {"particles": particles, "consensus": consensus, "parts": parts, "model": poses, "analysis": states}.items():
         path = results / f"{name}.zarr"
         if status.finished(path):
-            yield f"{name:<12}{tell(stores.open_store(path, name))}"
+            yield f"{NAMES.get(name, name):<12}{tell(stores.open_store(path, name))}"
     if (results / "evaluation.json").exists():
         yield from scores(json.loads((results / "evaluation.json").read_text()))
     if (results / "validation.json").exists():
@@ -56,6 +58,13 @@ def consensus(group: Any) -> str:
 def parts(group: Any) -> str:
     part = stores.read(group, "part")
     return f"{part.max() + 1} found, {len(stores.read(group, 'anchors/part'))} anchors"
+
+
+def poses(group: Any) -> str:
+    turn, shift = (float(stores.read(group, f"history/{name}")[-1]) for name in ("turn_sd", "shift_sd"))
+    if not turn:
+        return "as given"
+    return f"corrected; the given ones were wrong by {turn:.1f}° about an axis and {shift:.1f} Å along one (standard deviations)"
 
 
 def states(group: Any) -> str:

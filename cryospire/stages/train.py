@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from cryospire.config import Config, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import say
+from cryospire.maths.poses import correction
 from cryospire.stages import discover
 from cryospire.training import checkpoint
 from cryospire.training.data import Particles
 from cryospire.training.distributed import seed_everything, team
+from cryospire.training.latents import POSE_SD
 from cryospire.training.loop import fit, start_threads
 from cryospire.training.model import Mixture, load
 
@@ -43,6 +46,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
     if half and len(stores.read(found, "id")) != len(rows):
         raise InputError(f"{discovery}: holds other particles than those of half-set {half}; run discover --half {half}")
     z = torch.from_numpy(stores.read(found, "latents")[rows])
+    start, pose_sd = begin(z, data, found, settings.refine_poses)
     start_threads(config.threads)
     checkpoints = output.parent / "checkpoints" / "train"
     with team() as ranks:
@@ -53,8 +57,8 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
         metrics = output.parent / "logs" / "train.metrics.jsonl"
         inputs = {"particles": particles, "discovery": discovery, "parts": parts}
         latents, history = fit(
-            "train", model, z, data, settings, config.seed, ranks, checkpoints, metrics, inputs, force,
-            prepare=lambda: warm_start(model, division, parent, z),
+            "train", model, start, data, settings, config.seed, ranks, checkpoints, metrics, inputs, force,
+            prepare=lambda: warm_start(model, division, parent, z), pose_sd=pose_sd,
         )  # fmt: skip
         if latents is not None:
             group = stores.create(
@@ -76,6 +80,22 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
             if alike and after > before + WORSE * (first - before):
                 words = f"loss {after:.1f}, there {before:.1f}"
                 say(f"train: WARNING: the images are explained worse than by stage 1 ({words}); try a lower train.lr")
+
+
+def begin(z: Tensor, data: Particles, found: Any, refine: bool) -> tuple[Tensor, tuple[float, float]]:
+    """Where stage 1 has come to: latents and, where poses are refined on, their corrections; and the corrections' prior.
+
+    Where they are not, ``data`` gets the poses of stage 1.
+    """
+    given = data.rotation.clone(), data.shift.clone()
+    data.take_poses(found)
+    if not refine:
+        return z, POSE_SD
+    change = correction(*given, data.rotation, data.shift, data.box, data.pixel_size)
+    data.rotation, data.shift = given
+    turn, shift = (float(stores.read(found, f"history/{name}")[-1]) for name in ("turn_sd", "shift_sd"))
+    learnt = (math.radians(turn) * data.box / 4, shift / data.pixel_size)
+    return torch.cat([z, change], 1), learnt if turn else POSE_SD
 
 
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:

@@ -112,6 +112,12 @@ class Particles:
         self.even = None if self.even is None else self.even.to(device)
         return self
 
+    def take_poses(self, group: Any) -> None:
+        """Poses of the particles that a training, ``discovery.zarr`` or ``model.zarr``, has seen, as it has refined them."""
+        _, at, there = np.intersect1d(self.id, stores.read(group, "id"), return_indices=True)
+        self.rotation[at] = torch.from_numpy(stores.read(group, "pose/rotation")[there])
+        self.shift[at] = torch.from_numpy(stores.read(group, "pose/shift")[there])
+
     def transfer(self, rows: Rows) -> Tensor:
         """CTF times whitening (B, box, box // 2 + 1) of the given rows, on the device of these particles."""
         index = send(torch.from_numpy(rows), self.group.device)

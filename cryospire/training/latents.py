@@ -1,28 +1,42 @@
-"""Latents of the particles a rank owns: only the rows of a batch are touched in a step."""
+"""What is found of each particle a rank owns, latent and pose: only the rows of a batch are touched in a step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from cryospire.config import Training
 from cryospire.training.distributed import Team
 
 MEMORY = 0.2  # weight of a new probe in the running Fisher information
-REACH = 1.0  # longest step of a latent, in standard deviations of the prior
+REACH = 1.0  # longest step, in standard deviations of the prior, and at most this where it knows less
+
+
+POSE_SD = 1.0, 1.0  # of turns and shifts, pixels (``maths.poses.corrected``), before anything is learnt of it
 
 
 class Latents:
     """``z`` (n, D) for global rows ``start <= row < start + n``, moved by natural gradients (Amari 1998); all on the device of ``z``.
 
+    Columns are the latent and, where poses are refined, the correction of the pose; ``precision`` (D,) is of their normal prior.
+
     Images have unit noise, so the Fisher information of a latent is F = J^T J, J the derivative of the image; averaged over
     particles it turns a gradient g of the negative log-likelihood into Newton's step under the prior,
-    ``z -= rate (F + lambda)^-1 (g + lambda z)``.  A particle moves as far as its image says; Adam, which divides by each row's
+    ``z -= rate (F + precision)^-1 (g + precision z)``.  A particle moves as far as its image says; Adam, which divides by each row's
     own gradient, would move a row that saw only noise as far as one that saw signal.
     """
 
-    def __init__(self, z: Tensor, start: int) -> None:
-        self.z, self.start = z, start
+    def __init__(self, z: Tensor, start: int, precision: Tensor) -> None:
+        self.z, self.start, self.precision = z, start, precision.to(z.device)
         self.fisher = torch.zeros(z.shape[1], z.shape[1], device=z.device)
+
+    @staticmethod
+    def of(config: Training, latent: int, z: Tensor, start: int, pose_sd: tuple[float, float] = POSE_SD) -> Latents:
+        """From latents (n, D), with corrections that begin at zero, or from both (n, D + 5); ``pose_sd`` of turns and shifts."""
+        turn, shift = (sd**-2 for sd in pose_sd)
+        precision = torch.tensor([config.lambda_z] * latent + ([turn] * 3 + [shift] * 2 if config.refine_poses else []))
+        return Latents(pad(z, (0, len(precision) - z.shape[1])).clone(), start, precision)
 
     def take(self, rows: Tensor) -> Tensor:
         return self.z[rows - self.start].requires_grad_()
@@ -34,10 +48,23 @@ class Latents:
         new = (total[:-1] / total[-1]).reshape(dims, dims).float().to(self.z.device)
         self.fisher = torch.lerp(self.fisher, new, MEMORY) if self.fisher.any() else new
 
-    def step(self, rows: Tensor, gradient: Tensor, precision: float, rate: float) -> None:
-        """``gradient`` (B, D) of the negative log-likelihood of each image; ``precision`` lambda of the prior."""
+    def step(self, rows: Tensor, gradient: Tensor, rate: float) -> None:
+        """``gradient`` (B, D) of the negative log-likelihood of each image."""
         at = rows - self.start
-        metric = self.fisher + precision * torch.eye(self.z.shape[1], device=self.z.device)
+        metric = self.fisher + self.precision.diag()
         # Positive definite; without the check for that, for which the CPU would wait.
-        step = rate * torch.linalg.solve_ex(metric, (gradient + precision * self.z[at]).T).result.T
-        self.z[at] -= step * (REACH / step.norm(dim=1, keepdim=True).clamp(min=REACH))
+        step = rate * torch.linalg.solve_ex(metric, (gradient + self.precision * self.z[at]).T).result.T
+        length = (step.square() * self.precision.clamp(min=1)).sum(1, keepdim=True).sqrt()
+        self.z[at] -= step * (REACH / length.clamp(min=REACH))
+
+    def learn_poses(self, latent: int, team: Team) -> tuple[float, float]:
+        """Standard deviations of the poses' errors, of turns and shifts, that all images tell of: the prior from now on.
+
+        Expectation maximisation (Dempster, Laird & Rubin 1977): what the corrections are, and what is uncertain of them.
+        """
+        uncertain = torch.linalg.inv((self.fisher + self.precision.diag()).cpu()).diagonal()
+        total = torch.tensor(team.sum(*self.z.double().square().sum(0).tolist(), float(len(self.z))))
+        variance = (uncertain + total[:-1] / total[-1])[latent:]
+        turn, shift = float(variance[:3].mean()), float(variance[3:].mean())
+        self.precision[latent : latent + 3], self.precision[latent + 3 :] = 1 / turn, 1 / shift
+        return turn**0.5, shift**0.5

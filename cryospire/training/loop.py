@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from cryospire.config import Train, Training, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import Progress, memory_gb, say
+from cryospire.maths.poses import corrected
 from cryospire.training import checkpoint
-from cryospire.training.data import Particles, batches, lane_bounds, prefetch, send, steps_in_epoch
+from cryospire.training.data import Batch, Particles, batches, lane_bounds, prefetch, send, steps_in_epoch
 from cryospire.training.distributed import Team
-from cryospire.training.latents import Latents
+from cryospire.training.latents import POSE_SD, Latents
 from cryospire.training.model import Mixture
 from cryospire.training.restarts import Drawings, nodes, restarted
 
@@ -66,11 +68,13 @@ def fit(
     inputs: Mapping[str, Path],
     force: bool = False,
     prepare: Callable[[], None] = lambda: None,
+    pose_sd: tuple[float, float] = POSE_SD,
 ) -> tuple[Tensor | None, dict[str, list[float]]]:
-    """Train ``model`` in place.  ``z`` (N, D): first latents of all particles.
+    """Train ``model`` in place.  ``z``: first latents (N, D) of all particles, or latents and corrections of their poses (N, D + 5), whose
+    standard deviations ``pose_sd``, of turns and shifts in pixels, are the first of their prior.
 
-    Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch.  Resumes from the
-    checkpoint in ``folder`` if one of this run, with the same ``inputs``, is there; else calls ``prepare`` first.
+    Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch; ``data`` there has the refined poses
+    then.  Resumes from the checkpoint in ``folder`` if one of this run, with the same ``inputs``, is there; else calls ``prepare`` first.
     """
     if config.deterministic and team.device.type == "cuda":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order, and torch refuses it
@@ -84,7 +88,8 @@ def fit(
     lanes = team.lanes(config.lanes, config.batch)
     bounds = lane_bounds(len(data), config.lanes)
     start, stop = int(bounds[lanes.start]), int(bounds[lanes.stop])
-    latents = Latents(z[start:stop].clone().to(team.device), start)
+    latent = model.latent
+    latents = Latents.of(config, latent, z[start:stop].to(team.device), start, pose_sd)
     model.to(team.device)
     data.to(team.device)
     # Stage 1's latents are kept moving: from settled ones, nearer to the truth, stage 2 ended farther from it (mixed 0.491, not 0.492).
@@ -93,13 +98,13 @@ def fit(
     adam = optimizer(model, config)
     base_rates = [g["lr"] for g in adam.param_groups]
     per_epoch = steps_in_epoch(len(data), config.lanes, config.batch)
-    history: dict[str, list[float]] = {k: [] for k in ("epoch", "loss", "latent_sd", "learning_rate", "images_per_second", "memory_gb")}
+    history: dict[str, list[float]] = {}
     first_epoch = first_step = 0
     running = torch.zeros((), dtype=torch.float64, device=team.device)  # there, lest every step waits for its loss
     if saved is not None:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
-        latents.z, latents.fisher = (saved[k].clone().to(team.device) for k in ("latents", "fisher"))
+        latents.z, latents.fisher, latents.precision = (saved[k].clone().to(team.device) for k in ("latents", "fisher", "precision"))
         latents.z = latents.z[start:stop]
         first_epoch, first_step, history = saved["epoch"], saved["step"], saved["history"]
         running += saved["running"] if team.rank == 0 else 0.0  # of all ranks
@@ -114,6 +119,7 @@ def fit(
                 "adam": adam.state_dict(),
                 "latents": columns,
                 "fisher": latents.fisher,
+                "precision": latents.precision,
                 "epoch": epoch,
                 "step": step,
                 "history": history,
@@ -125,13 +131,15 @@ def fit(
         if not math.isfinite(team.sum(float(latents.z.sum()))[0]):
             raise InputError(f"{stage}: latents are not finite after epoch {epoch}; lower lr or look for damaged images")
         columns = team.gather(latents.z)
-        drawings = Drawings.of(model, team.broadcast(nodes(columns, (seed, epoch)) if columns is not None else None), team.device)
+        chosen = team.broadcast(nodes(columns[:, :latent], (seed, epoch)) if columns is not None else None)
+        drawings = Drawings.of(model, chosen, team.device)
         new = latents.z.clone()
         source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch)
         for step, batch in enumerate(prefetch(source, team.device)):
             if len(batch.rows):
                 at = batch.rows - start
-                new[at] = restarted(model, drawings, latents.z[at], batch, config.lambda_z)
+                zb, rotation, shift, *_ = seen(model, latents.z[at], batch)
+                new[at, :latent] = restarted(model, drawings, zb, replace(batch, rotation=rotation, shift=shift), config.lambda_z)
             progress.advance(0, "latents compared with others")
             if (step + 1) % AGREE_EVERY == 0 and team.sum(wish())[0]:
                 keep(epoch, 0)
@@ -156,18 +164,17 @@ def fit(
                 for group, rate in zip(adam.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
                 zb = latents.take(batch.rows)
-                on = [zb, batch.rotation, batch.shift, batch.transfer, batch.images]
                 if step % PROBE_EVERY == 0:
-                    latents.learn(probe(model, on, config, lanes, (seed, epoch, step)), team)
-                energy = likelihood(*on)
+                    latents.learn(probe(model, zb, batch, config, lanes, (seed, epoch, step)), team)
+                energy = likelihood(*seen(model, zb, batch))
                 weight = team.size / batch.total  # DDP averages over ranks: this makes it the mean over the global batch
                 loss = energy.sum() * weight + prior(model, config)
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
                 adam.step()
-                running += energy.detach().sum() + config.lambda_z / 2 * zb.detach().square().sum()
+                running += energy.detach().sum() + (latents.precision * zb.detach().square()).sum() / 2
                 gradient = zb.grad / weight if zb.grad is not None else torch.zeros_like(zb)
-                latents.step(batch.rows, gradient, config.lambda_z, config.lr_z * (factor if settling else 1))
+                latents.step(batch.rows, gradient, config.lr_z * (factor if settling else 1))
                 progress.advance(batch.total, f"epoch {epoch + 1}/{config.epochs}")
                 if (step + 1) % AGREE_EVERY == 0:
                     total, stops, overdue = team.sum(float(running), wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
@@ -181,22 +188,26 @@ def fit(
                     if stops:
                         say(f"{stage}: stopped by a signal; saved at epoch {epoch + 1}, step {step + 1}: run the same command to go on")
                         raise Interrupted
-            spread = team.sum(float(latents.z.square().sum()))[0]
+            spread = team.sum(float(latents.z[:, :latent].square().sum()))[0]
             total = team.sum(float(running))[0]
             if not math.isfinite(total):
                 raise InputError(f"{stage}: the loss is not finite in epoch {epoch + 1}; lower lr or look for damaged images")
+            turn_sd, shift_sd = latents.learn_poses(latent, team) if config.refine_poses else (0.0, 0.0)
             numbers = {
                 "epoch": epoch + 1,
                 "loss": total / len(data),
-                "latent_sd": math.sqrt(spread / z.numel()),
+                "latent_sd": math.sqrt(spread / len(data) / latent),
+                "turn_sd": math.degrees(turn_sd * 4 / model.box),
+                "shift_sd": shift_sd * model.pixel_size,
                 "learning_rate": config.lr * factor,
                 "images_per_second": len(data) * (1 - first_step / per_epoch) / (time.monotonic() - began),
                 "memory_gb": memory_gb(),
             }
             for name, value in numbers.items():
-                history[name].append(value)
+                history.setdefault(name, []).append(value)
             progress.record(**numbers)
-            say(f"{stage}: epoch {epoch + 1}/{config.epochs}  loss {numbers['loss']:.3f}  latent sd {numbers['latent_sd']:.3f}")
+            told = f"{stage}: epoch {epoch + 1}/{config.epochs}  loss {numbers['loss']:.3f}  latent sd {numbers['latent_sd']:.3f}"
+            say(told + (f"  pose sd {numbers['turn_sd']:.1f}°, {numbers['shift_sd']:.1f} Å" if config.refine_poses else ""))
             first_step = 0
             running.zero_()
             if epoch + 1 < config.epochs:
@@ -208,23 +219,35 @@ def fit(
     columns = team.gather(latents.z)
     model.to("cpu")
     data.to(torch.device("cpu"))
-    return columns, history
+    if columns is None:
+        return None, history
+    if config.refine_poses:
+        data.rotation, data.shift = corrected(data.rotation, data.shift, columns[:, latent:], model.box, model.pixel_size)
+    return columns[:, :latent], history
 
 
-def probe(model: Mixture, batch: list[Tensor], config: Training, lanes: range, seed: tuple[int, ...]) -> Tensor:
-    """``J^T e`` (B, D) for white noise e in the images, J the derivative of the whitened model image by the latent.
+def seen(model: Mixture, z: Tensor, batch: Batch) -> list[Tensor]:
+    """What the likelihood of images asks for: latents, poses, CTFs and images; ``z`` (B, D) or, with corrections of poses, (B, D + 5)."""
+    pose = batch.rotation, batch.shift
+    if z.shape[1] > model.latent:
+        pose = corrected(*pose, z[:, model.latent :], model.box, model.pixel_size)
+    return [z[:, : model.latent], *pose, batch.transfer, batch.images]
+
+
+def probe(model: Mixture, z: Tensor, batch: Batch, config: Training, lanes: range, seed: tuple[int, ...]) -> Tensor:
+    """``J^T e`` of the shape of ``z`` for white noise e in the images, J the derivative of the whitened model image by it.
 
     The noise, +1 or -1 in every pixel (of all white noise it makes Hutchinson's estimate vary least), is drawn for the whole
     global batch, of which a rank takes its lanes: the same whatever the number of ranks.
     """
-    z, rotation, shift, transfer, images = batch
+    zs = z.detach().requires_grad_()
+    latent, rotation, shift, transfer, images = seen(model, zs, batch)
     shape, first = (config.batch, *images.shape[1:]), lanes.start * (config.batch // config.lanes)
     drawn = np.frombuffer(np.random.default_rng(seed).bytes(math.prod(shape) // 8 + 1), np.uint8)
     bits = np.unpackbits(drawn, count=math.prod(shape)).reshape(shape)[first : first + len(z)]
     mine = 2.0 * send(torch.from_numpy(bits), images.device) - 1
     back = torch.fft.irfft2(torch.fft.rfft2(mine) * transfer, s=mine.shape[1:])
-    zs = z.detach().requires_grad_()
-    return torch.autograd.grad((model.project(zs, rotation, shift) * back).sum(), zs)[0]
+    return torch.autograd.grad((model.project(latent, rotation, shift) * back).sum(), zs)[0]
 
 
 def prior(model: Mixture, config: Training) -> Tensor:

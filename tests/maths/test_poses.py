@@ -5,6 +5,8 @@ from scipy.spatial.transform import Rotation
 
 from cryospire.maths.poses import (
     angle_between,
+    corrected,
+    correction,
     euler_to_matrix,
     even_rotations,
     exp_so3,
@@ -95,3 +97,25 @@ def test_angle_between(degrees: float) -> None:
     b = Rotation.from_rotvec(np.radians(degrees) * np.array([0.6, 0, 0.8])) * a
     angle = angle_between(torch.from_numpy(a.as_matrix()), torch.from_numpy(b.as_matrix()))
     assert float(angle) == pytest.approx(degrees, abs=1e-4)
+
+
+def test_corrections_turn_and_shift_by_pixels_and_can_be_read_off():
+    """Gibbs vectors: scipy's rotation by twice the arc tangent of their length, about the axes of the view."""
+    g = torch.Generator().manual_seed(4)
+    rotation, shift = random_rotations(40, g), torch.randn(40, 2, generator=g, dtype=torch.float64)
+    change = torch.randn(40, 5, generator=g, dtype=torch.float64) * torch.logspace(-6, 1, 40, dtype=torch.float64)[:, None]
+    turned, moved = corrected(rotation, shift, change, 64, 1.5)
+    length = change[:, :3].norm(dim=1, keepdim=True)
+    vector = change[:, :3] / length * 2 * torch.atan(length / 32)
+    expected = Rotation.from_rotvec(vector.numpy()).as_matrix() @ rotation.numpy()
+    assert np.allclose(turned, expected, atol=1e-12) and torch.allclose(moved - shift, 1.5 * change[:, 3:])
+    small = corrected(torch.eye(3)[None], torch.zeros(1, 2), torch.tensor([[1.0, 0, 0, 0, 0]]), 64, 1.5)[0]
+    assert float(torch.deg2rad(angle_between(torch.eye(3), small))) * 16 == pytest.approx(1, rel=1e-3)
+    torch.testing.assert_close(correction(rotation, shift, turned, moved, 64, 1.5), change, rtol=1e-7, atol=1e-9)
+
+
+def test_corrections_are_differentiable_from_the_given_pose_on():
+    rotation, shift = random_rotations(3, torch.Generator().manual_seed(5)), torch.zeros(3, 2, dtype=torch.float64)
+    for scale in (0.0, 3.0):
+        start = scale * torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+        assert torch.autograd.gradcheck(lambda c: corrected(rotation, shift, c, 32, 2.0), start.requires_grad_())

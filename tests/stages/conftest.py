@@ -59,7 +59,8 @@ def write_model(path: Path, latents: np.ndarray) -> Path:
     stores.put(group, "anchors/part", np.arange(2), ("anchor",), "part of the anchor")
     mixtures.save(group, mixture)
     epochs = np.arange(1, 6)
-    for name, values in {"epoch": epochs, "loss": 200 + 50 / epochs, "images_per_second": 900.0 + epochs, "latent_sd": epochs / 5}.items():
+    history = {"epoch": epochs, "loss": 200 + 50 / epochs, "images_per_second": 900.0 + epochs, "latent_sd": epochs / 5}
+    for name, values in (history | {"turn_sd": 1.5 + 1 / epochs, "shift_sd": 2.5 + 1 / epochs}).items():
         stores.put(group, f"history/{name}", values, ("epoch",), name)
     stores.finish(group)
     return path

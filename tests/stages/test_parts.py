@@ -72,6 +72,9 @@ def discovery(tmp_path_factory):  # type: ignore[no-untyped-def]
     mixtures.save(group, model)
     stores.put(group, "latents", z, ("particle", "latent"), "latent")
     stores.put(group, "id", np.arange(IMAGES), ("particle",), "permanent particle id")
+    for name in ("pose/rotation", "pose/shift"):  # as they are in the images
+        of_images = stores.read(stores.open_store(path.with_name("particles.zarr"), "particles"), name)
+        stores.put(group, name, of_images, tuple(f"d{k}" for k in range(of_images.ndim)), name)
     stores.finish(group)
     return path, truth
 

@@ -1,5 +1,6 @@
 """Detail of parts from planted images: recovered where it was, nothing made of noise, and the same on any number of ranks."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, synthetic: SimpleNamespace)
         patch.setattr(particles, "CHUNK", 64 * synthetic.box**2)
         bench_feed.simulated(out / "particles.zarr", COUNT, synthetic.box, field=synthetic.box * synthetic.pixel)
     synthetic.write_model(out / "model.zarr", np.random.default_rng(1).normal(size=(COUNT, 2)))
-    stores.writable(out / "model.zarr")["id"][:] = np.arange(COUNT)
+    model = stores.writable(out / "model.zarr")
+    model["id"][:] = np.arange(COUNT)
+    for name in ("pose/rotation", "pose/shift"):
+        given = stores.read(stores.open_store(out / "particles.zarr", "particles"), name)
+        stores.put(model, name, given, tuple(f"d{k}" for k in range(given.ndim)), name)
     halves = stores.writable(out / "particles.zarr")["half_set"]
     halves[:] = np.arange(COUNT) % 2 + 1
     (out / "config.yaml").write_text(f"output: {out}\nthreads: 1\n")
@@ -175,6 +180,18 @@ def test_same_maps_on_more_ranks(folder: Path) -> None:
     half = stores.read(alone, "half_maps")[1, 0]
     with mrcfile.open(folder / "ranks1" / "part_2_half1.mrc") as file:
         assert np.array_equal(file.data, half)
+
+
+def test_images_have_the_poses_that_training_refined(folder: Path, tmp_path: Path) -> None:
+    """However wrong the table's are."""
+    wrong = Path(shutil.copytree(folder, tmp_path / "wrong", ignore=shutil.ignore_patterns("ranks*")))
+    group = stores.writable(wrong / "particles.zarr")
+    group["pose/rotation"][:] = np.roll(group["pose/rotation"][:], 1, 0)
+    group["pose/shift"][:] = 0
+    for where in (folder, wrong):
+        run(where, "posed", 1)
+    one, other = (stores.read(stores.open_store(where / "posed.zarr", "reconstruction"), "map") for where in (folder, wrong))
+    assert np.array_equal(one, other) and np.abs(one).max() > 0
 
 
 def test_another_grid_is_refused(folder: Path, synthetic: SimpleNamespace, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from cryospire.config import Config
 from cryospire.conventions import InputError
-from cryospire.stages import report, report_page, report_sections
+from cryospire.stages import report, report_page, report_sections, summary
 
 VOID = {"meta", "img", "input", "br"}
 
@@ -65,6 +65,11 @@ def test_whole_page(run_folder: Path) -> None:
     assert "300" in section(text, "Data") and "15.0 Å" in section(text, "Consensus") and "1:30" in section(text, "Time and memory")
     assert re.findall(r'max="(\d+)" value="0" data-flip', text) == ["3", "3"]  # four steps of two trajectories
     assert "evaluation.json: no such file" in section(text, "Evaluation") and "<figure>" not in section(text, "Preflight")
+
+
+def test_errors_of_poses_are_told(run_folder: Path) -> None:
+    assert "The given poses are wrong by 1.7° about an axis and 2.7 Å along one" in section(html(run_folder), "Training")
+    assert any(line.startswith("poses       corrected; the given ones were wrong by 1.7°") for line in summary.lines(run_folder))
 
 
 def test_empty_run_names_what_is_missing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gemmi
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from cryospire.config import Config, Simulate
 from cryospire.conventions import InputError
@@ -87,6 +88,15 @@ def test_strengths_of_images(stack: Path, tmp_path: Path) -> None:
     same = np.array(mrc.open_stack(stack / "particles.mrcs"), np.float64)
     unit = (same * clean).sum() / (clean**2).sum()
     assert (factor / unit).std() == pytest.approx(0.2, rel=0.15) and abs((factor / unit).mean()) < 0.04
+
+
+def test_errors_of_poses_are_in_the_table_alone(stack: Path, tmp_path: Path) -> None:
+    run(tmp_path, turn_error=2.0, shift_error=3.0)
+    assert (tmp_path / "particles.mrcs").read_bytes() == (stack / "particles.mrcs").read_bytes()
+    true, wrong = (metadata.read(folder / "particles.star") for folder in (stack, tmp_path))
+    angle = Rotation.from_matrix(wrong.rotation @ true.rotation.transpose(0, 2, 1)).as_rotvec(degrees=True)
+    assert angle.std(0) == pytest.approx(np.full(3, 2.0), rel=0.15) and np.abs(angle.mean(0)).max() < 0.4
+    assert (wrong.shift - true.shift).std(0) == pytest.approx(np.full(2, 3.0), rel=0.15)
 
 
 def test_same_seed_same_bytes(stack: Path, tmp_path: Path) -> None:

@@ -49,18 +49,18 @@ def test_latents_reach_the_maximum_a_posteriori_of_a_linear_model() -> None:
     matrix = torch.randn(30, 3, generator=g) @ torch.diag(torch.tensor([1.0, 0.5, 0.2]))
     truth = torch.randn(500, 3, generator=g)
     images = truth @ matrix.T + torch.randn(500, 30, generator=g)
-    table, rows = Latents(torch.zeros(500, 3), 0), torch.arange(500)
+    table, rows = Latents(torch.zeros(500, 3), 0, torch.ones(3)), torch.arange(500)
     with team() as alone:
         for _ in range(50):
             table.learn(torch.randn(500, 30, generator=g) @ matrix, alone)
-            table.step(rows, (table.z @ matrix.T - images) @ matrix, 1.0, 1.0)
+            table.step(rows, (table.z @ matrix.T - images) @ matrix, 1.0)
     answer = torch.linalg.solve(matrix.T @ matrix + torch.eye(3), (images @ matrix).T).T
     torch.testing.assert_close(table.z, answer, rtol=1e-3, atol=1e-3)
 
 
 def test_a_row_is_untouched_by_batches_without_it() -> None:
-    table = Latents(torch.zeros(5, 2), 0)
-    table.step(torch.tensor([1, 3]), torch.ones(2, 2), 1.0, 0.1)
+    table = Latents(torch.zeros(5, 2), 0, torch.ones(2))
+    table.step(torch.tensor([1, 3]), torch.ones(2, 2), 0.1)
     assert torch.equal(table.z[[0, 2, 4]], torch.zeros(3, 2)) and (table.z[[1, 3]] < 0).all()
 
 

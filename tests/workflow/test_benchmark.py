@@ -40,8 +40,8 @@ def counts(printed: str) -> dict[str, str]:
 def test_whole_benchmark_plans_a_run_of_everything() -> None:
     variants = "variants=[base,no-anchor-motion,random-parts]"
     jobs = counts(plan("--config", "sizes=[small,medium,full]", "peers=[cryodrgn,cryodrgn-dec,recovar]", variants))
-    # 5 data sets, 3 sizes, 2 levels, 3 seeds.
-    assert jobs["simulate"] == jobs["recovar"] == jobs["ceiling"] == "90" and jobs["cryodrgn"] == "180" and jobs["run"] == "270"
+    # 6 data sets, 3 sizes, 2 levels, 3 seeds.
+    assert jobs["simulate"] == jobs["recovar"] == jobs["ceiling"] == "108" and jobs["cryodrgn"] == "216" and jobs["run"] == "324"
     assert jobs["environment"] == "2"
 
 
@@ -74,7 +74,7 @@ def test_a_variant_begins_with_what_it_shares_with_the_base(tmp_path: Path) -> N
     assert linked("[no-anchor-motion]") == [""]
 
 
-@pytest.mark.parametrize("dataset", ["igg-1d", "igg-rl", "assembly", "mixed", "phantom"])
+@pytest.mark.parametrize("dataset", ["igg-1d", "igg-rl", "assembly", "mixed", "phantom", "wrong-poses"])
 def test_configs_keep_the_energy_and_the_change(tmp_path: Path, dataset: str) -> None:
     own = ROOT / f"workflow/benchmark/{dataset}.yaml"
     base = own if own.exists() else ROOT / f"workflow/config/{dataset}.yaml"
