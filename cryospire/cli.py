@@ -252,12 +252,16 @@ def export(
     state: Annotated[list[int] | None, typer.Option(help="a state to keep; may be repeated")] = None,
     box: Annotated[str | None, typer.Option(help="bounds on principal coordinates, COMPONENT:LOW:HIGH[,...]")] = None,
     ids: Annotated[Path | None, typer.Option(help="text file of particle ids or image names, one a line")] = None,
+    poses: Annotated[Path | None, typer.Option(help="model.zarr or discovery.zarr, whose refined poses replace the source's")] = None,
     force: Force = False,
 ) -> None:
     """A selection of particles back into RELION, cryoSPARC or cryoDRGN, every column kept."""
     from cryospire.stages import export as stage
 
-    stage.run(configuration.load(config), output, particles=particles, analysis=analysis, states=state or [], box=box, ids=ids, force=force)
+    stage.run(
+        configuration.load(config), output, particles=particles, analysis=analysis, states=state or [], box=box, ids=ids, poses=poses,
+        force=force,
+    )  # fmt: skip
 
 
 @app.command("filter")

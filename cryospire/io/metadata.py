@@ -62,10 +62,12 @@ def image_names(particles: Path, *, passthrough: Sequence[Path] = (), datadir: P
     return metadata_pkl.image_names(particles, datadir)
 
 
-def copy_rows(particles: Path, rows: NDArray[np.int64], output: Path) -> None:
-    """Write a selection of rows (0-based) in the source's own format and order: every block, column and byte of a row kept."""
+def copy_rows(particles: Path, rows: NDArray[np.int64], output: Path, posed: ParticleTable | None = None) -> None:
+    """Write a selection of rows (0-based, ascending) in the source's own format: every block, column and byte of a row kept, but for
+    poses where ``posed``, the table of these rows, has others."""
     if particles.suffix == ".star":
         block = metadata_relion.particle_block(particles, metadata_star.scan(particles))
-        metadata_star.copy_rows(particles, block, rows, output)
+        changed = metadata_relion.pose_columns(particles, block.columns, posed) if posed else None
+        metadata_star.copy_rows(particles, block, rows, output, changed)
     else:
-        metadata_cs.write_rows(particles, rows, output)
+        metadata_cs.write_rows(particles, rows, output, posed)

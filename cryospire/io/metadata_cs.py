@@ -205,7 +205,15 @@ def _wavelength(kilovolts: Floats) -> Floats:
     return 12.2643 / np.sqrt(volts + 0.978466e-6 * volts**2)
 
 
-def write_rows(source: Path, rows: NDArray[np.int64], output: Path) -> None:
-    """Write the given rows (0-based; they keep the source's order) of a .cs file bit for bit, same columns and types."""
+def write_rows(source: Path, rows: NDArray[np.int64], output: Path, posed: ParticleTable | None = None) -> None:
+    """Write the given rows (0-based, ascending) of a .cs file bit for bit, same columns and types, but for poses where ``posed``
+    is given."""
+    kept = load(source)[rows]
+    if posed is not None:
+        names = kept.dtype.names or ()
+        if "alignments3D/pose" not in names or "alignments3D/shift" not in names:
+            raise InputError(f"{source}: has no columns alignments3D/pose and alignments3D/shift for refined poses")
+        kept["alignments3D/pose"] = -Rotation.from_matrix(posed.rotation).as_rotvec()
+        kept["alignments3D/shift"] = -posed.shift / _shift_pixel(source, kept, kept["blob/psize_A"])[:, None]
     with output.open("wb") as f:
-        np.lib.format.write_array(f, load(source)[np.sort(rows)], allow_pickle=False)
+        np.lib.format.write_array(f, kept, allow_pickle=False)

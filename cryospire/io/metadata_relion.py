@@ -239,6 +239,18 @@ def write_star(path: Path, table: ParticleTable, image_names: Sequence[str] | No
     path.write_text("# version 30001\n" + text.split("\n", 1)[1], newline="\n")
 
 
+def pose_columns(path: Path, columns: Sequence[str], table: ParticleTable) -> dict[str, list[str]]:
+    """The table's poses as the columns of a star file that has ``columns``.  Raises InputError where it has none for shifts."""
+    values = dict(zip(ANGLES, euler_angles(table.rotation).T, strict=True))
+    for axis, shift in zip("XY", table.shift.T, strict=True):
+        for name, unit in ((f"rlnOrigin{axis}Angst", 1.0), (f"rlnOrigin{axis}", table.optics.pixel_size[table.group])):
+            if name in columns:
+                values[name] = -shift / unit
+        if not {f"rlnOrigin{axis}Angst", f"rlnOrigin{axis}"} & set(columns):
+            raise InputError(f"{path}: has no column rlnOrigin{axis}Angst for refined shifts")
+    return {name: [f"{v:.6f}" for v in of_rows] for name, of_rows in values.items()}
+
+
 def euler_angles(rotation: Floats) -> Floats:
     """``rlnAngleRot``, ``rlnAngleTilt``, ``rlnAnglePsi`` (N, 3), degrees, of rotations (N, 3, 3)."""
     with warnings.catch_warnings():

@@ -225,15 +225,24 @@ def _parse_slowly(path: Path, block: Block, chunk: list[tuple[int, bytes]], numb
     return columns
 
 
-def copy_rows(source: Path, block: Block, rows: NDArray[np.int64], output: Path) -> None:
-    """Copy a file with only the given rows (0-based; they keep the source's order) of one block, the rest byte for byte."""
+def copy_rows(
+    source: Path, block: Block, rows: NDArray[np.int64], output: Path, changed: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Copy a file with only the given rows (0-based, ascending) of one block, the rest byte for byte.
+
+    ``changed``: columns with a new value for each of these rows.
+    """
     kept = np.zeros(block.rows, bool)
     kept[rows] = True
-    done = 0
+    done = written = 0
+    places = {block.columns.index(name): values for name, values in (changed or {}).items()}
     with source.open("rb") as f, output.open("wb") as out:
         out.write(f.read(block.start))
         for chunk in row_lines(source, block):
             selected = [line for k, (_, line) in zip(kept[done : done + len(chunk)], chunk, strict=True) if k]
+            if places:
+                selected = [_replaced(line, {k: v[written + i] for k, v in places.items()}) for i, line in enumerate(selected)]
+                written += len(selected)
             if selected and not selected[-1].endswith(b"\n"):
                 selected[-1] += b"\n"  # the last line of a file may have none
             out.writelines(selected)
@@ -241,3 +250,13 @@ def copy_rows(source: Path, block: Block, rows: NDArray[np.int64], output: Path)
         f.seek(block.end)
         while rest := f.read(CHUNK):
             out.write(rest)
+
+
+def _replaced(line: bytes, values: Mapping[int, str]) -> bytes:
+    """A row with other values in some columns; the space between them stays."""
+    text = line.decode()
+    spans = [m.span(m.lastindex or 0) for m in TOKEN.finditer(text)]
+    for place in sorted(values, reverse=True):
+        start, end = spans[place]
+        text = text[:start] + values[place] + text[end:]
+    return text.encode()

@@ -26,6 +26,12 @@ def undistorted(table: ParticleTable) -> ParticleTable:
     return replace(table, shift=np.einsum("nji,nj->ni", np.linalg.inv(matrix)[table.group], table.shift))
 
 
+def distorted(table: ParticleTable) -> ParticleTable:
+    """The table with shifts as they are in the images themselves: inverse of ``undistorted``."""
+    matrix = table.optics.magnification
+    return table if matrix is None else replace(table, shift=np.einsum("nji,nj->ni", matrix[table.group], table.shift))
+
+
 def isotropic(images: Tensor, matrix: Tensor) -> Tensor:
     """Images (n, box, box) without the anisotropic magnification ``matrix`` (2, 2): frequency M k moves from k to its place."""
     if torch.equal(matrix, torch.eye(2, dtype=matrix.dtype)):

@@ -1,7 +1,8 @@
 """A selection of particles back into the program they came from.
 
 The source's rows are copied, never written anew: a star file keeps every block, column and byte of a row (and so
-``rlnRandomSubset``), a .cs file its rows bit for bit (and so ``alignments3D/split``).  Rows keep the order of the source.
+``rlnRandomSubset``), a .cs file its rows bit for bit (and so ``alignments3D/split``), but for poses where refined ones are asked for.
+Rows keep the order of the source.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,8 @@ from cryospire.config import Config
 from cryospire.conventions import InputError, particle_id
 from cryospire.io import metadata, stores
 from cryospire.io.names import key
+from cryospire.io.table import ParticleTable
+from cryospire.stages import distortions
 
 Ids = NDArray[np.int64]
 
@@ -83,6 +88,7 @@ def run(
     states: Sequence[int] = (),
     box: str | None = None,
     ids: Path | None = None,
+    poses: Path | None = None,
     force: bool = False,
 ) -> None:
     """Write the selection to ``output``: .star or .cs like the source, .pkl (cryoDRGN's ind.pkl) or .txt (0-based rows)."""
@@ -98,6 +104,10 @@ def run(
     names = metadata.image_names(source, passthrough=config.passthrough, datadir=config.datadir)
     own = metadata.images(source, "image", names).id
     wanted = own if config.ind is None else own[metadata.indices(config.ind, len(own))]
+    if poses is not None:
+        if output.suffix not in (".star", ".cs"):
+            raise InputError(f"{output}: rows have no poses; with --poses a selection is written as .star or .cs")
+        wanted = np.intersect1d(wanted, stores.read(trained(poses), "id"))
     if analysis is not None:
         wanted = select(analysis, states, box)
     if ids is not None:
@@ -108,7 +118,7 @@ def run(
     rows = np.sort(stores.join(wanted, own, str(source))).astype(np.int64)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{os.getpid()}.{output.name}")
-    write(config, source, rows, temporary)
+    write(config, source, rows, temporary, refined(config, source, rows, poses) if poses else None)
     temporary.replace(output)
     log.say(f"export     {len(rows):,} of {len(own):,} particles, in the order of {source} -> {output}")
     home = source.resolve().parent
@@ -116,14 +126,26 @@ def run(
         log.say(f"export     its image paths are those of {source}: read it from there, or with datadir (--datadir) {home}")
 
 
-def write(config: Config, source: Path, rows: Ids, output: Path) -> None:
-    """Write rows of the source in the format that the output's suffix names."""
+def trained(path: Path) -> Any:
+    """``model.zarr`` or ``discovery.zarr``."""
+    return stores.open_store(path, "model" if (path / "anchors").exists() else "discovery")
+
+
+def refined(config: Config, source: Path, rows: Ids, poses: Path) -> ParticleTable:
+    """The source's table of these rows, with the poses that a training has refined."""
+    table, group = metadata.read(source, **config.reading() | {"ind": None}).take(rows), trained(poses)
+    there = stores.join(table.id, stores.read(group, "id"), f"{source} against {poses}")
+    rotation, shift = (stores.read(group, f"pose/{name}")[there].astype(float) for name in ("rotation", "shift"))
+    return distortions.distorted(replace(table, rotation=rotation, shift=shift))
+
+
+def write(config: Config, source: Path, rows: Ids, output: Path, posed: ParticleTable | None = None) -> None:
+    """Write rows of the source in the format that the output's suffix names, with the poses of ``posed``, if given."""
     if output.suffix == ".pkl":
         output.write_bytes(pickle.dumps(rows, protocol=4))
     elif output.suffix == ".txt":
         output.write_text("".join(f"{row}\n" for row in rows))
     elif output.suffix == source.suffix:
-        metadata.copy_rows(source, rows, output)
+        metadata.copy_rows(source, rows, output, posed)
     else:
-        table = metadata.read(source, **config.reading() | {"ind": None})
-        metadata.write_star(output, table.take(rows))
+        metadata.write_star(output, posed or metadata.read(source, **config.reading() | {"ind": None}).take(rows))

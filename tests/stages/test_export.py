@@ -7,14 +7,17 @@ import builders
 import numpy as np
 import pytest
 import starfile
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cryospire.config import Config
 from cryospire.conventions import InputError, particle_id
 from cryospire.io import metadata, stores
+from cryospire.maths.poses import random_rotations
 from cryospire.stages import export
 
+POSE = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst")
 SMALL = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -149,3 +152,34 @@ def test_selections_that_cannot_be_met_are_refused(tmp_path: Path, name: str) ->
     with pytest.raises(InputError, match=words):
         export.run(config(source), output, ids=ids, **options)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["star", "star30", "cs"])
+def test_refined_poses_replace_the_sources_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    """Read again, the rows have the poses of the model; every other column is as it was, in every row."""
+    p = builders.planted(tmp_path)
+    if kind == "cs":
+        source = builders.cs(tmp_path / "p.cs", builders.cs_rows(p))
+    else:
+        source = rich_star(tmp_path, p) if kind == "star" else builders.star30(tmp_path / "old.star", p)
+    table = metadata.read(source)
+    n, g = len(table), torch.Generator().manual_seed(0)
+    some = np.sort(np.random.default_rng(0).choice(n, n // 2, replace=False))[::-1]
+    rotation, shift = random_rotations(len(some), g).numpy(), np.random.default_rng(1).normal(0, 5, (len(some), 2))
+    model = stores.create(tmp_path / "discovery.zarr", "discovery", config={}, seed=0, inputs={}, pixel_size=1, box=16)
+    for name, values in (("id", table.id[some]), ("pose/rotation", rotation.astype("f4")), ("pose/shift", shift.astype("f4"))):
+        stores.put(model, name, values, tuple(f"d{k}" for k in range(values.ndim)), name)
+    stores.finish(model)
+    out = tmp_path / f"refined{source.suffix}"
+    export.run(config(source), out, poses=tmp_path / "discovery.zarr")
+    again = metadata.read(out, datadir=tmp_path)
+    order = np.argsort(some)
+    assert np.array_equal(again.id, table.id[some[order]])
+    assert np.allclose(again.rotation, rotation[order], atol=2e-6) and np.allclose(again.shift, shift[order], atol=1e-5)
+    for name in ("defocus_u", "defocus_v", "defocus_angle", "half_set", "index"):
+        assert np.array_equal(getattr(again, name), getattr(table, name)[some[order]]), name
+    if kind == "star":
+        before, after = (starfile.read(f)["particles"].drop(columns=list(POSE)) for f in (source, out))
+        assert before.iloc[some[order]].reset_index(drop=True).equals(after)
+    with pytest.raises(InputError, match="rows have no poses"):
+        export.run(config(source), tmp_path / "rows.txt", poses=tmp_path / "discovery.zarr")
