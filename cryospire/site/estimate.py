@@ -187,7 +187,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         depth = settings.hidden * settings.layers if settings.head == "mlp" and not gpu else 40
         rate = GPU_GFLOPS if gpu else CPU_GFLOPS * cpus
         drawn = DRAWN_MB if stage == "train" else 0
-        memory = drawn + settings.memory_mib / tasks + pairs * (2 * depth) + 20 * batch * image_mb + n * 1e-4
+        memory = drawn + settings.memory_mib / tasks + pairs * (2 * depth) + 20 * batch * image_mb + n * 4e-4
         seconds = WARM + settings.epochs * n * flop_of_image(settings, b) / (rate * 1e9 * tasks)
         disk = 3 * n * 1e-4 + settings.gaussians * 2e-3
     elif stage == "parts":

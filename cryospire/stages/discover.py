@@ -19,6 +19,7 @@ from cryospire.training import checkpoint
 from cryospire.training import model as mixtures
 from cryospire.training.data import Particles
 from cryospire.training.distributed import seed_everything, team
+from cryospire.training.latents import POSE_SD
 from cryospire.training.loop import fit, start_threads
 
 HISTORY = {
@@ -50,7 +51,8 @@ def run(config: Config, *, particles: Path, consensus: Path, output: Path, half:
         say(f"discover: {len(data):,} particles, box {data.box}, {section_.gaussians:,} Gaussians, {ranks.size} rank(s)")
         metrics = output.parent / "logs" / "discover.metrics.jsonl"
         inputs = {"particles": particles, "consensus": consensus}
-        latents, history = fit("discover", model, z, data, section_, seed, ranks, checkpoints, metrics, inputs, force)
+        pose_sd = POSE_SD if section_.refine_poses else (0.0, 0.0)
+        latents, history = fit("discover", model, z, data, section_, seed, ranks, checkpoints, metrics, inputs, force, pose_sd=pose_sd)
         if latents is not None:
             group = stores.create(
                 output,

@@ -1,8 +1,8 @@
 """Images that do not show the particle, by what stage 1 says of each.  Reads particles.zarr and discovery.zarr, writes the rows to keep.
 
 The evidence of an image is the logarithm of how much more likely it is with the mixture's image in it, at its own latent, than with nothing
-but noise, less the prior's cost of that latent.  A particle of any state has about half the energy of its image; the latent of an image
-without one moves where the mixture is faint, and its evidence is near zero.
+but noise, less the prior's cost of that latent and of its pose's correction.  A particle of any state has about half the energy of its
+image; the latent of an image without one moves where the mixture is faint, and its evidence is near zero.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ def run(
     group = stores.open_store(particles, "particles")
     data, model = Particles(group), load(discovery)
     found = stores.open_store(discovery, "discovery")
-    data.take_poses(found)
+    change, (turn, shift) = data.take_poses(found)
     rows = stores.join(data.id, stores.read(found, "id"), f"{discovery} against {particles}")
     start_threads(config.threads)
     values = evidence(model, torch.from_numpy(stores.read(found, "latents")[rows]).float(), data)
+    if turn:  # the prior's cost of the pose's correction
+        values -= (change / torch.tensor([turn] * 3 + [shift] * 2)).square().sum(1) / 2
     middle = float(values.median())
     if threshold is None and middle <= 0:
         raise InputError(f"{discovery}: the median image has no evidence of a particle ({middle:.1f}): nothing to judge images by")

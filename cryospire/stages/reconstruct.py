@@ -8,7 +8,7 @@ images say nothing, the mixture stays as it is.
 A part's map and half-maps are made in the same way of images without the other parts' Gaussians: signal subtraction, as in
 multi-body refinement (Nakane et al. 2018); its own Gaussians play no role in them but through motion and mask.
 What the other parts' Gaussians leave of them is smeared, and stays where masks meet.
-Latents and motion come from one model of all particles: the FSC is no gold standard, as where angles come from one refinement of all.
+Latents, poses and motion come from one model of all particles: the FSC is no gold standard, as where one refinement finds all angles.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Writer:
         edge = ", the finest that the box holds" if r <= 2.01 * self.pixel_size else ""
         share = 100 * float(b.mask.mean())
         words = f"{r:.2f} Å at FSC {THRESHOLD} of half-maps in its mask, which fills {share:.1f} % of the box{edge}"
-        say(f"reconstruct: part {k + 1}: {words}; latents and motion are of all particles")
+        say(f"reconstruct: part {k + 1}: {words}; latents, poses and motion are of all particles")
 
     def finish(self) -> None:
         """Curves and resolutions of all parts, and the word that the store is whole."""

@@ -100,8 +100,8 @@ def training(results: Results) -> str:
     if newest.get("turn_sd", [0])[-1] > 0:
         turn, shift = (newest[k][-1] for k in ("turn_sd", "shift_sd"))
         wrong = (
-            f"The given poses are wrong by {turn:.1f}° about an axis and {shift:.1f} Å along one (standard deviations), as the images "
-            "tell; every particle's is corrected along with its latent."
+            f"The given poses are wrong by about {turn:.1f}° about an axis and {shift:.1f} Å along one (standard deviations), as the "
+            "images tell; every particle's is corrected along with its latent."
         )
     return page.text(last + ".", wrong) + page.curve(figures.histories(runs), caption)
 

@@ -145,7 +145,7 @@ def part_maps(results: Results) -> str:
     curves = page.curve(
         figures.part_fscs(array(group, "fsc"), array(group, "fsc_detail"), box, pixel),
         "FSC of half-maps of each part in its mask; dotted, of what its images hold beyond the Gaussians. "
-        "Motion and latents come from all particles.",
+        "Motion, poses and latents come from all particles.",
     )
     middle = [np.rint(ndimage.center_of_mass(mask)).astype(int) for mask in array(group, "mask")]
     centred = [np.roll(v, box // 2 - m, (0, 1, 2)) for v, m in zip(array(group, "map"), middle, strict=True)]

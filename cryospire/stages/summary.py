@@ -61,10 +61,10 @@ def parts(group: Any) -> str:
 
 
 def poses(group: Any) -> str:
-    turn, shift = (float(stores.read(group, f"history/{name}")[-1]) for name in ("turn_sd", "shift_sd"))
+    turn, shift = (float(np.asarray(group[f"history/{k}"])[-1]) if f"history/{k}" in group else 0.0 for k in ("turn_sd", "shift_sd"))
     if not turn:
         return "as given"
-    return f"corrected; the given ones were wrong by {turn:.1f}° about an axis and {shift:.1f} Å along one (standard deviations)"
+    return f"corrected; the given ones were wrong by about {turn:.1f}° about an axis and {shift:.1f} Å along one (standard deviations)"
 
 
 def states(group: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from cryospire.config import Config, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import say
-from cryospire.maths.poses import correction
 from cryospire.stages import discover
 from cryospire.training import checkpoint
 from cryospire.training.data import Particles
@@ -88,14 +86,11 @@ def begin(z: Tensor, data: Particles, found: Any, refine: bool) -> tuple[Tensor,
     Where they are not, ``data`` gets the poses of stage 1.
     """
     given = data.rotation.clone(), data.shift.clone()
-    data.take_poses(found)
+    change, learnt = data.take_poses(found)
     if not refine:
-        return z, POSE_SD
-    change = correction(*given, data.rotation, data.shift, data.box, data.pixel_size)
+        return z, learnt
     data.rotation, data.shift = given
-    turn, shift = (float(stores.read(found, f"history/{name}")[-1]) for name in ("turn_sd", "shift_sd"))
-    learnt = (math.radians(turn) * data.box / 4, shift / data.pixel_size)
-    return torch.cat([z, change], 1), learnt if turn else POSE_SD
+    return torch.cat([z, change], 1), learnt if learnt[0] else POSE_SD
 
 
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:

@@ -6,6 +6,7 @@ same number of rows from every lane, so it holds the same particles whatever the
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.maths.ctf import ctf, zernike_phase
 from cryospire.maths.fourier import shells
+from cryospire.maths.poses import correction
 
 Rows = NDArray[np.int64]
 CPU = torch.device("cpu")
@@ -112,11 +114,19 @@ class Particles:
         self.even = None if self.even is None else self.even.to(device)
         return self
 
-    def take_poses(self, group: Any) -> None:
-        """Poses of the particles that a training, ``discovery.zarr`` or ``model.zarr``, has seen, as it has refined them."""
+    def take_poses(self, group: Any) -> tuple[Tensor, tuple[float, float]]:
+        """Poses of the particles that a training, ``discovery.zarr`` or ``model.zarr``, has seen, as it has refined them.
+
+        Returns how they differ from those before (N, 5), and what it has learnt of the spread of that, turns and shifts, in pixels
+        (``maths.poses.corrected``); 0 where it has refined nothing.
+        """
+        given = self.rotation.clone(), self.shift.clone()
         _, at, there = np.intersect1d(self.id, stores.read(group, "id"), return_indices=True)
         self.rotation[at] = torch.from_numpy(stores.read(group, "pose/rotation")[there])
         self.shift[at] = torch.from_numpy(stores.read(group, "pose/shift")[there])
+        turn, shift = (float(stores.read(group, f"history/{name}")[-1]) for name in ("turn_sd", "shift_sd"))
+        change = correction(*given, self.rotation, self.shift, self.box, self.pixel_size)
+        return change, (math.radians(turn) * self.box / 4, shift / self.pixel_size)
 
     def transfer(self, rows: Rows) -> Tensor:
         """CTF times whitening (B, box, box // 2 + 1) of the given rows, on the device of these particles."""

@@ -34,8 +34,8 @@ class Latents:
     @staticmethod
     def of(config: Training, latent: int, z: Tensor, start: int, pose_sd: tuple[float, float] = POSE_SD) -> Latents:
         """From latents (n, D), with corrections that begin at zero, or from both (n, D + 5); ``pose_sd`` of turns and shifts."""
-        turn, shift = (sd**-2 for sd in pose_sd)
-        precision = torch.tensor([config.lambda_z] * latent + ([turn] * 3 + [shift] * 2 if config.refine_poses else []))
+        turn, shift = pose_sd
+        precision = torch.tensor([config.lambda_z] * latent + ([turn**-2] * 3 + [shift**-2] * 2 if config.refine_poses else []))
         return Latents(pad(z, (0, len(precision) - z.shape[1])).clone(), start, precision)
 
     def take(self, rows: Tensor) -> Tensor:

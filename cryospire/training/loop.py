@@ -33,6 +33,7 @@ RESTARTS = (1 / 3, 2 / 3)  # of the epochs, after which latents may begin anew
 AGREE_EVERY = 10  # steps between the ranks' agreement on stopping and on a finite loss
 PROBE_EVERY = 8  # steps between estimates of the latents' Fisher information
 M_TRIM_THRESHOLD, M_MMAP_MAX, KEPT = -1, -4, 2**30  # malloc.h; bytes of freed memory that are kept
+POSES = 1 << 16  # particles whose poses are corrected at once
 RESUME = 75  # exit code of a run that saved itself and wants to be started again (EX_TEMPFAIL)
 
 
@@ -71,7 +72,7 @@ def fit(
     pose_sd: tuple[float, float] = POSE_SD,
 ) -> tuple[Tensor | None, dict[str, list[float]]]:
     """Train ``model`` in place.  ``z``: first latents (N, D) of all particles, or latents and corrections of their poses (N, D + 5), whose
-    standard deviations ``pose_sd``, of turns and shifts in pixels, are the first of their prior.
+    standard deviations ``pose_sd``, of turns and shifts in pixels, are the first of their prior, or known where poses stay.
 
     Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch; ``data`` there has the refined poses
     then.  Resumes from the checkpoint in ``folder`` if one of this run, with the same ``inputs``, is there; else calls ``prepare`` first.
@@ -104,8 +105,8 @@ def fit(
     if saved is not None:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
-        latents.z, latents.fisher, latents.precision = (saved[k].clone().to(team.device) for k in ("latents", "fisher", "precision"))
-        latents.z = latents.z[start:stop]
+        latents.z = saved["latents"][start:stop].clone().to(team.device)
+        latents.fisher, latents.precision = (saved[k].clone().to(team.device) for k in ("fisher", "precision"))
         first_epoch, first_step, history = saved["epoch"], saved["step"], saved["history"]
         running += saved["running"] if team.rank == 0 else 0.0  # of all ranks
         say(f"{stage}: resumed at epoch {first_epoch + 1}, step {first_step} of {per_epoch}")
@@ -192,7 +193,7 @@ def fit(
             total = team.sum(float(running))[0]
             if not math.isfinite(total):
                 raise InputError(f"{stage}: the loss is not finite in epoch {epoch + 1}; lower lr or look for damaged images")
-            turn_sd, shift_sd = latents.learn_poses(latent, team) if config.refine_poses else (0.0, 0.0)
+            turn_sd, shift_sd = latents.learn_poses(latent, team) if config.refine_poses else pose_sd
             numbers = {
                 "epoch": epoch + 1,
                 "loss": total / len(data),
@@ -222,7 +223,9 @@ def fit(
     if columns is None:
         return None, history
     if config.refine_poses:
-        data.rotation, data.shift = corrected(data.rotation, data.shift, columns[:, latent:], model.box, model.pixel_size)
+        for few in torch.arange(len(data)).split(POSES):
+            change = columns[few, latent:]
+            data.rotation[few], data.shift[few] = corrected(data.rotation[few], data.shift[few], change, model.box, model.pixel_size)
     return columns[:, :latent], history
 
 
@@ -240,6 +243,8 @@ def probe(model: Mixture, z: Tensor, batch: Batch, config: Training, lanes: rang
     The noise, +1 or -1 in every pixel (of all white noise it makes Hutchinson's estimate vary least), is drawn for the whole
     global batch, of which a rank takes its lanes: the same whatever the number of ranks.
     """
+    if not len(z):  # a rank may have none in the last step of an epoch, and FFTs of nothing fail
+        return torch.zeros_like(z)
     zs = z.detach().requires_grad_()
     latent, rotation, shift, transfer, images = seen(model, zs, batch)
     shape, first = (config.batch, *images.shape[1:]), lanes.start * (config.batch // config.lanes)

@@ -75,6 +75,8 @@ def discovery(tmp_path_factory):  # type: ignore[no-untyped-def]
     for name in ("pose/rotation", "pose/shift"):  # as they are in the images
         of_images = stores.read(stores.open_store(path.with_name("particles.zarr"), "particles"), name)
         stores.put(group, name, of_images, tuple(f"d{k}" for k in range(of_images.ndim)), name)
+    for name in ("history/turn_sd", "history/shift_sd"):
+        stores.put(group, name, np.zeros(1), ("epoch",), name)
     stores.finish(group)
     return path, truth
 

@@ -68,8 +68,8 @@ def test_whole_page(run_folder: Path) -> None:
 
 
 def test_errors_of_poses_are_told(run_folder: Path) -> None:
-    assert "The given poses are wrong by 1.7° about an axis and 2.7 Å along one" in section(html(run_folder), "Training")
-    assert any(line.startswith("poses       corrected; the given ones were wrong by 1.7°") for line in summary.lines(run_folder))
+    assert "The given poses are wrong by about 1.7° about an axis and 2.7 Å along one" in section(html(run_folder), "Training")
+    assert any(line.startswith("poses       corrected; the given ones were wrong by about 1.7°") for line in summary.lines(run_folder))
 
 
 def test_empty_run_names_what_is_missing(tmp_path: Path) -> None:

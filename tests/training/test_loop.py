@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ from cryospire.config import Discover, Train
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.training import checkpoint
-from cryospire.training.data import Particles
+from cryospire.training.data import Batch, Particles, batches
 from cryospire.training.distributed import seed_everything, team
 from cryospire.training.latents import Latents
-from cryospire.training.loop import Interrupted, fit
+from cryospire.training.loop import Interrupted, fit, probe
 from cryospire.training.model import Mixture
 
 SETTINGS = {"gaussians": 24, "epochs": 4, "batch": 16, "lanes": 4, "hidden": 8}
@@ -125,6 +126,7 @@ def test_a_checkpoint_made_from_other_inputs_is_set_aside(particles: Path, tmp_p
 
 RANKS = """
 import sys, torch
+from dataclasses import fields
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import test_loop
@@ -250,3 +252,14 @@ print(min(faults() for _ in range(5)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     pages_of_new_memory, pages_of_kept_memory = map(int, done.stdout.split())
     assert pages_of_kept_memory < 32 <= pages_of_new_memory  # 32 are the fewest: huge pages of 2 MiB
+
+
+def test_a_rank_without_images_learns_nothing(particles: Path) -> None:
+    """As in the last step of an epoch, where lanes are of unequal length."""
+    data = Particles(stores.open_store(particles, "particles"))
+    config = STAGES[1].model_copy(update=SETTINGS)
+    batch = next(batches(data, range(4), 4, 16, 16, 0, 0))
+    none = Batch(*(getattr(batch, f.name)[:0] for f in fields(Batch) if f.name != "total"), 0)
+    model = Mixture(config, 2, 4, 24, data.box, data.pixel_size)
+    assert probe(model, torch.zeros(0, 7), none, config, range(4), (0,)).shape == (0, 7)
+    assert probe(model, torch.zeros(16, 7), batch, config, range(4), (0,)).abs().max() > 0
