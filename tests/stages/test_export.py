@@ -15,7 +15,7 @@ from cryospire.config import Config
 from cryospire.conventions import InputError, particle_id
 from cryospire.io import metadata, stores
 from cryospire.maths.poses import random_rotations
-from cryospire.stages import export
+from cryospire.stages import distortions, export
 
 POSE = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst")
 SMALL = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -183,3 +183,20 @@ def test_refined_poses_replace_the_sources_and_nothing_else(tmp_path: Path, kind
         assert before.iloc[some[order]].reset_index(drop=True).equals(after)
     with pytest.raises(InputError, match="rows have no poses"):
         export.run(config(source), tmp_path / "rows.txt", poses=tmp_path / "discovery.zarr")
+
+
+def test_refined_shifts_lie_in_the_images_as_they_are(tmp_path: Path) -> None:
+    """Where magnification is anisotropic, poses that nothing has changed come back as they were."""
+    p = builders.planted(tmp_path)
+    optics = builders.optics_columns() | {"rlnMagMat00": [1.02], "rlnMagMat01": [0.01], "rlnMagMat10": [-0.02], "rlnMagMat11": [0.97]}
+    source = builders.star31(tmp_path / "p.star", p, optics=optics)
+    table = metadata.read(source)
+    kept = distortions.undistorted(table)
+    assert np.abs(kept.shift - table.shift).max() > 0.01
+    model = stores.create(tmp_path / "discovery.zarr", "discovery", config={}, seed=0, inputs={}, pixel_size=1, box=16)
+    for name, values in (("id", table.id), ("pose/rotation", kept.rotation.astype("f4")), ("pose/shift", kept.shift.astype("f4"))):
+        stores.put(model, name, values, tuple(f"d{k}" for k in range(values.ndim)), name)
+    stores.finish(model)
+    export.run(config(source), tmp_path / "out.star", poses=tmp_path / "discovery.zarr")
+    again = metadata.read(tmp_path / "out.star", datadir=tmp_path)
+    assert np.allclose(again.shift, table.shift, atol=1e-4) and np.allclose(again.rotation, table.rotation, atol=2e-6)
