@@ -12,7 +12,6 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from cryospire.io import metadata, stores
 from cryospire.io.names import key
 from cryospire.io.table import ParticleTable
 from cryospire.stages import distortions
+from cryospire.training.model import trained
 
 Ids = NDArray[np.int64]
 
@@ -124,11 +124,6 @@ def run(
     home = source.resolve().parent
     if output.suffix in (".star", ".cs") and output.resolve().parent != home:
         log.say(f"export     its image paths are those of {source}: read it from there, or with datadir (--datadir) {home}")
-
-
-def trained(path: Path) -> Any:
-    """``model.zarr`` or ``discovery.zarr``."""
-    return stores.open_store(path, "model" if (path / "anchors").exists() else "discovery")
 
 
 def refined(config: Config, source: Path, rows: Ids, poses: Path) -> ParticleTable:

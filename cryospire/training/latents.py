@@ -11,8 +11,6 @@ from cryospire.training.distributed import Team
 
 MEMORY = 0.2  # weight of a new probe in the running Fisher information
 REACH = 1.0  # longest step, in standard deviations of the prior, and at most this where it knows less
-
-
 POSE_SD = 1.0, 1.0  # of turns and shifts, pixels (``maths.poses.corrected``), before anything is learnt of it
 
 

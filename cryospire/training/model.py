@@ -182,12 +182,16 @@ def save(group: Any, model: Mixture) -> None:
     }
 
 
+def trained(path: Path) -> Any:
+    """The store of a training, ``discovery.zarr`` or ``model.zarr``.  Raises InputError for others."""
+    return stores.open_store(path, "model" if (path / "anchors").exists() else "discovery")
+
+
 def load(path: Path) -> Mixture:
     """The trained mixture of ``discovery.zarr`` or ``model.zarr``, ready to evaluate.  Raises InputError for other stores."""
     from cryospire.config import Discover
 
-    kind = "model" if (path / "anchors").exists() else "discovery"
-    group = stores.open_store(path, kind)
+    group = trained(path)
     shape: Any = group.attrs["mixture"]
     section: Any = group.attrs["config"]
     config = Train.model_validate(section) if shape["kind"] == "Train" else Discover.model_validate(section)
@@ -206,6 +210,6 @@ def load(path: Path) -> Mixture:
 
 def load_latents(path: Path, ids: NDArray[np.int64]) -> Tensor:
     """Latents (N, D) of ``discovery.zarr`` or ``model.zarr`` in the order of the particles ``ids``."""
-    group = stores.open_store(path, "model" if (path / "anchors").exists() else "discovery")
+    group = trained(path)
     rows = stores.join(ids, stores.read(group, "id"), str(path))
     return torch.from_numpy(stores.read(group, "latents")[rows]).float()
