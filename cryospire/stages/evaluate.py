@@ -26,9 +26,9 @@ from cryospire.log import Progress, say
 from cryospire.maths import fourier, insertion, metrics, recovery
 from cryospire.stages import evaluate_figure, evaluate_model
 from cryospire.stages.detail import Details, part_of_gaussians
-from cryospire.stages.evaluate_model import Segmentation
+from cryospire.stages.evaluate_model import Poses, Segmentation
 from cryospire.training.data import Particles
-from cryospire.training.model import Mixture, load, load_latents
+from cryospire.training.model import Mixture, load, load_latents, trained
 
 BATCH = 512  # images inserted at a time
 MEMORY = 1 << 31  # bytes of accumulators held at once
@@ -46,7 +46,7 @@ class Grid(Protocol):
 
 @dataclass(frozen=True)
 class Truth:
-    """``volumes`` (S, z, y, x) and ``mask`` (z, y, x) on the particles' grid, ``label`` (N,) of every particle of the store.
+    """``volumes`` (S, z, y, x) and ``mask`` (z, y, x) on the particles' grid, ``label`` (N,) and ``poses`` of every particle of the store.
 
     States without particles are left out.
     """
@@ -55,6 +55,7 @@ class Truth:
     mask: Tensor
     label: Tensor
     segmentation: Segmentation | None
+    poses: Poses | None
 
 
 def run(
@@ -68,7 +69,8 @@ def run(
     if config.threads:
         kernels.set_threads(config.threads)
     found: dict[str, tuple[Mixture, Tensor]] = {}
-    for name, path in {"stage 1": model.parent / "discovery.zarr", "stage 2": model}.items():
+    paths = {"stage 1": model.parent / "discovery.zarr", "stage 2": model}
+    for name, path in paths.items():
         if name == "stage 2" or path.exists():
             found[name] = load(path), load_latents(path, data.id)
     result: dict[str, Any] = {
@@ -89,6 +91,11 @@ def run(
     result["models"] = {name: evaluate_model.judge(m, z, known.label, known.segmentation, data) for name, (m, z) in found.items()}
     apart = state_distances(known)
     for name, (_, z) in found.items():
+        if known.poses is not None:
+            refined = Particles(group)
+            refined.take_poses(trained(paths[name]))
+            now, before = Poses(refined.rotation, refined.shift), Poses(data.rotation, data.shift)
+            result["models"][name]["poses"] = evaluate_model.judge_poses(now, before, known.poses)
         result["models"][name]["latents"] |= evaluate_model.judge_neighbours(z, known.label, apart)
     if known.segmentation is not None:
         for name, path in {"stage 1": model.parent / "parts.zarr", "stage 2": model}.items():
@@ -117,7 +124,9 @@ def load_truth(folder: Path, data: Grid, row: NDArray[np.int64]) -> Truth:
     volumes = torch.stack([on_grid(files[k], data) for k in used.tolist()])
     mask = on_grid(folder / "mask.mrc", data).clamp(0, 1) if (folder / "mask.mrc").exists() else torch.ones_like(volumes[0])
     path = folder / "segmentation.npz"
-    return Truth(volumes, mask, label, Segmentation.load(path, used.numpy()) if path.exists() else None)
+    segmentation = Segmentation.load(path, used.numpy()) if path.exists() else None
+    poses = Poses.load(folder / "poses.npz", row) if (folder / "poses.npz").exists() else None
+    return Truth(volumes, mask, label, segmentation, poses)
 
 
 def on_grid(path: Path, data: Grid) -> Tensor:

@@ -67,6 +67,20 @@ class Segmentation:
 
 
 @dataclass(frozen=True)
+class Poses:
+    """``rotation`` (N, 3, 3), model to view, and ``shift`` (N, 2) Å of particles."""
+
+    rotation: Tensor
+    shift: Tensor
+
+    @staticmethod
+    def load(path: Path, rows: NDArray[np.int64]) -> Poses:
+        """The file that ``simulate`` writes, for some of its particles."""
+        f = np.load(path, allow_pickle=False)
+        return Poses(torch.from_numpy(f["rotation"][rows]), torch.from_numpy(f["shift"][rows]))
+
+
+@dataclass(frozen=True)
 class Assignment:
     """True part (G,) of every Gaussian, whether it counts (G,), and its mass (G,); centres (S, G, 3) Å at the states' mean latents."""
 
@@ -103,6 +117,16 @@ def judge_latents(latents: Tensor, label: Tensor, states: int, data: Particles) 
             "defocus": recovery.explained(latents, label, torch.cat([defocus, defocus**2], 1)),
         },
     }
+
+
+def judge_poses(found: Poses, given: Poses, truth: Poses) -> dict[str, float]:
+    """Root mean square errors of poses found and given: ``turn`` about an axis, degrees, and ``shift`` along one, Å."""
+    result = {}
+    for name, poses in (("turn", found), ("given_turn", given)):
+        result[name] = float((angle_between(truth.rotation.double(), poses.rotation.double()).square().mean() / 3).sqrt())
+    for name, poses in (("shift", found), ("given_shift", given)):
+        result[name] = float((poses.shift - truth.shift).square().mean().sqrt())
+    return result
 
 
 def judge_neighbours(latents: Tensor, label: Tensor, apart: Tensor) -> dict[str, Any]:
@@ -222,6 +246,10 @@ def sentence(name: str, values: dict[str, Any]) -> str:
         n, i = z["neighbours"], z["imbalance"]
         text += f"; {100 * n['similarity'][0]:.0f} % of the {n['k'][0]} nearest latents are right (chance {100 * n['chance'][0]:.0f} %)"
         text += f", information imbalance {i['latent_to_truth']:.2f} to the truth, {i['truth_to_latent']:.2f} back (best {i['floor']:.2f})"
+    if "poses" in values:
+        p = values["poses"]
+        text += f"; poses wrong by {p['turn']:.1f} degrees about an axis and {p['shift']:.1f} Å along one"
+        text += f" (given: {p['given_turn']:.1f} and {p['given_shift']:.1f})"
     if "parts" in values:
         p = values["parts"]
         text += f"; {p['found']} parts for {p['true']}, adjusted Rand index {p['adjusted_rand_index']:.2f}"

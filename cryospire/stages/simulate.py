@@ -70,6 +70,7 @@ def run(config: Config, *, output: Path, force: bool = False) -> None:
     states = replace(states, weight=states.weight * density)
     star.unlink(missing_ok=True)
     write_truth(output / "truth", molecule, states, labels, settings, config.seed)
+    np.savez(output / "truth/poses.npz", rotation=table.rotation.astype(np.float32), shift=table.shift.astype(np.float32))
     write_images(output, states, table, labels, settings, config.seed)
     metadata_relion.write_star(star, mistaken(table, settings, config.seed))
     what = f"box {settings.box} at {settings.pixel_size:g} Å, SNR {settings.snr:g}"

@@ -11,6 +11,7 @@ import torch
 from cryospire.config import Config, Preprocess, Simulate
 from cryospire.conventions import InputError
 from cryospire.io import mrc
+from cryospire.maths import poses
 from cryospire.stages import consensus, evaluate, evaluate_model, preprocess, simulate
 from cryospire.training.data import Particles
 
@@ -174,6 +175,12 @@ def test_run_from_stores(folder: Path, synthetic: SimpleNamespace) -> None:
     stores.put(out, "id", particle_ids[order], ("particle",), "permanent particle id")
     stores.put(out, "latents", latents(torch.arange(800) % 2).numpy(), ("particle", "latent"), "latent")
     stores.put(out, "anchors/part", np.arange(2), ("anchor",), "part of the anchor")
+    turn = poses.exp_so3(torch.tensor([0.0, np.deg2rad(3.0), 0.0])).float().numpy()
+    stores.put(out, "pose/rotation", turn @ stores.read(group, "pose/rotation")[order], ("particle", "row", "column"), "pose")
+    shift = stores.read(group, "pose/shift")[order] + np.float32([4.0, 0.0])
+    stores.put(out, "pose/shift", shift, ("particle", "xy"), "shift", "Å")
+    for name in ("turn_sd", "shift_sd"):
+        stores.put(out, f"history/{name}", np.ones(1), ("epoch",), "spread of poses")
     synthetic_save(out, mixture)
     stores.finish(out)
     arguments = {name: folder / f"{name}.zarr" for name in ("model", "consensus", "particles")}
@@ -186,6 +193,8 @@ def test_run_from_stores(folder: Path, synthetic: SimpleNamespace) -> None:
     assert abs(result["methods"]["stage 2"]["difference"]["mean"]) < 0.1
     assert result["models"]["stage 2"]["parts"]["found"] == 2
     assert abs(result["methods"]["stage 2"]["per_image"]["difference"]["mean"]) < 0.1
+    wrong = {"turn": 3 / 3**0.5, "shift": 4 / 2**0.5, "given_turn": 0, "given_shift": 0}
+    assert result["models"]["stage 2"]["poses"] == pytest.approx(wrong, abs=0.03)
     assert 0.2 < result["models"]["stage 2"]["latents"]["imbalance"]["latent_to_truth"] < 1.2
     assert (folder / "evaluation.png").stat().st_size > 10_000
 

@@ -97,6 +97,8 @@ def test_errors_of_poses_are_in_the_table_alone(stack: Path, tmp_path: Path) -> 
     angle = Rotation.from_matrix(wrong.rotation @ true.rotation.transpose(0, 2, 1)).as_rotvec(degrees=True)
     assert angle.std(0) == pytest.approx(np.full(3, 2.0), rel=0.15) and np.abs(angle.mean(0)).max() < 0.4
     assert (wrong.shift - true.shift).std(0) == pytest.approx(np.full(2, 3.0), rel=0.15)
+    known = np.load(tmp_path / "truth/poses.npz")
+    assert np.allclose(known["rotation"], true.rotation, atol=1e-5) and np.allclose(known["shift"], true.shift, atol=1e-4)
 
 
 def test_same_seed_same_bytes(stack: Path, tmp_path: Path) -> None:

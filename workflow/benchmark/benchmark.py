@@ -32,6 +32,7 @@ COLUMNS = ("auc", "unmasked", "difference")
 NAMES = [
     *COLUMNS, "states_sd", "per_image", "per_image_difference", "between_over_within", "main_lump", "neighbours", "imbalance",
     "imbalance_back", "parts_ari", "turn_error", "centre_error", "occupancy_auc", "leakage",
+    "pose_turn", "pose_shift",
 ]  # fmt: skip
 
 
@@ -159,6 +160,8 @@ def numbers(method: dict[str, Any], model: dict[str, Any]) -> dict[str, float]:
         row["occupancy_auc"] = np.mean([p["auc"] for p in changing])
     if "leakage" in latents:
         row["leakage"] = max(latents["leakage"].values())
+    if "poses" in model:  # degrees about an axis and Å along one
+        row |= {"pose_turn": model["poses"]["turn"], "pose_shift": model["poses"]["shift"]}
     return row
 
 
