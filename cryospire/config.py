@@ -156,6 +156,7 @@ class Config(Section):
     ind: Path | None = Field(None, description="rows of the particle table to use, from 0: cryoDRGN's ind.pkl, or a .txt with one a line; empty: all")
     datadir: Path | None = Field(None, description="folder that image paths are relative to; empty: found from the table")
     map: Path | None = Field(None, description="consensus map (.mrc) to use instead of back-projecting the particles")
+    mask: Path | None = Field(None, description="soft mask (.mrc, 0 to 1) of the particle, in which Gaussians begin and FSCs are told; empty: made from the map")
     truth: Path | None = Field(None, description="folder of known volumes and labels, from `cryospire simulate`; adds the stage evaluate")
     output: Path = Field(Path("results"), description="folder of every result")
     seed: int = Field(0, ge=0)

@@ -40,9 +40,11 @@ def run(config: Config, *, particles: Path, output: Path, force: bool = False) -
     mask = masks.soft_mask(fourier.lowpass(both, data.pixel_size, rough), config.consensus.mask_threshold, config.consensus.mask_soft)
     if not mask.any():
         raise InputError(f"consensus.mask_threshold: {config.consensus.mask_threshold:g} is above the map's maximum, {float(both.max()):g}")
+    if config.mask:
+        mask = load_mask(config.mask, mask, data.pixel_size)
     curve = metrics.fsc(halves[0], halves[1], mask)
     volume = both if given is not None else fourier.apply_radial(both, wiener(curve), 3)
-    inputs = {"particles": particles} | ({"map": config.map} if config.map else {})
+    inputs = {"particles": particles} | {k: p for k, p in (("map", config.map), ("mask", config.mask)) if p}
     group = stores.create(
         output, "consensus", config=settings, seed=config.seed, inputs=inputs, pixel_size=data.pixel_size, box=data.box, force=force
     )
@@ -92,6 +94,22 @@ def load_map(path: Path, box: int, pixel_size: float) -> Tensor:
         best = int(np.argmin(np.abs(exact - wanted) / exact + 1e-5 * np.arange(len(sizes))))
         volume = fourier.crop(resize(volume, int(sizes[best])), int(wanted[best]), 3)
     return resize(volume, box)
+
+
+def load_mask(path: Path, density: Tensor, pixel_size: float) -> Tensor:
+    """A given mask on the grid of the particles, of which ``density`` is the mask that was found.
+
+    Raises InputError where it is no mask, or of none of the density: another place or pixel size.
+    """
+    values, _ = mrc.read_volume(path)
+    if values.min() < -0.01 or values.max() > 1.01:
+        raise InputError(f"{path}: values from {values.min():.3g} to {values.max():.3g}; a mask has them from 0 to 1")
+    mask = load_map(path, len(density), pixel_size).clamp(0, 1)
+    inside = float((mask * density).sum() / density.sum())
+    if inside < 0.01:
+        raise InputError(f"{path}: holds {inside:.1%} of the density; another centre or pixel size?")
+    say(f"consensus: {path} holds {inside:.0%} of the density")
+    return mask
 
 
 def resize(volume: Tensor, box: int) -> Tensor:

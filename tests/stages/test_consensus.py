@@ -78,6 +78,30 @@ def test_a_map_that_is_not_of_these_particles_is_refused(planted, tmp_path, chan
     assert not (tmp_path / "consensus.zarr").exists()
 
 
+def test_a_given_mask_of_another_grid_is_put_on_the_particles(planted, result, tmp_path):
+    """A ball around half the particle: Gaussians begin, and the FSC is told, there."""
+    z, y, x = np.mgrid[:64, :64, :64] - 32
+    ball = np.clip((12 - np.sqrt((z - 6) ** 2 + y**2 + x**2)) / 3 + 0.5, 0, 1).astype(np.float32)
+    mrc.write_volume(tmp_path / "mask.mrc", ball, 2.0)
+    group = run(planted, tmp_path, mask=tmp_path / "mask.mrc")
+    mask = stores.read(group, "mask")
+    weight = mask / mask.sum()
+    middle = [(weight * (np.arange(len(mask)) - len(mask) // 2).reshape(shape)).sum() for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1))]
+    assert middle == pytest.approx([3, 0, 0], abs=0.02) and mask.sum() * 8 == pytest.approx(ball.sum(), rel=0.02)
+    assert "mask" in group.attrs["inputs"] and np.array_equal(stores.read(group, "map"), stores.read(result[1], "map")) is False
+    assert np.array_equal(stores.read(group, "half_maps"), stores.read(result[1], "half_maps"))
+
+
+@pytest.mark.parametrize(("values", "message"), [(7.0, "from 0 to 7"), (0.0, "holds 0.0% of the density")])
+def test_what_is_no_mask_of_these_particles_is_refused(planted, tmp_path, values, message):
+    mask = np.zeros((32,) * 3, np.float32)
+    mask[16:20] = values
+    mrc.write_volume(tmp_path / "mask.mrc", mask, 4.0)
+    with pytest.raises(InputError, match=rf"mask.mrc: .*{message}"):
+        run(planted, tmp_path, mask=tmp_path / "mask.mrc")
+    assert not (tmp_path / "consensus.zarr").exists()
+
+
 def test_result_is_bit_for_bit_the_same_on_one_thread_and_on_all(planted, result, tmp_path):
     one = run(planted, tmp_path, threads=1)
     assert np.array_equal(stores.read(one, "half_maps"), stores.read(result[1], "half_maps"))

@@ -1,7 +1,7 @@
 rule consensus:
     input:
         particles=store("particles"),
-        map=source_files("map"),
+        given=source_files("map", "mask"),
     output:
         store("consensus"),
     log:
