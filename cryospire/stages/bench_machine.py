@@ -122,5 +122,5 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"an epoch of {s['particles']:,} particles, images/s from: {rates}; disk alone {s['disk_images_per_second']:,.0f}")
     p = result["preprocess"]
     runs = "; ".join(f"{r['particles']:,} by {r['workers']} worker(s) {r['images_per_second']:,.0f}" for r in p["runs"])
-    limit = p["transforms_per_second_of_a_core"]
-    console.print(f"preprocess, box {p['box']}, images/s: {runs}; a core transforms {limit:,.0f} there and back")
+    core, disk = p["transforms_per_second_of_a_core"], p["images_per_second_of_the_disk"]
+    console.print(f"preprocess, box {p['box']}, images/s: {runs}; a core transforms {core:,.0f} there and back, the disk takes {disk:,.0f}")

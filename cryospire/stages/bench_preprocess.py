@@ -19,10 +19,12 @@ from cryospire.stages.bench_machine import median_time
 from cryospire.stages.status import read_metrics
 
 CPU = torch.device("cpu")
+SYNCED = 64 << 20  # bytes of a shard, by which the disk is measured
 
 
 def rates(folder: Path, counts: tuple[int, ...], box: int, seconds: float) -> dict[str, Any]:
-    """Images a second of the stage for each number of particles, by one worker, and for the largest by one on every CPU."""
+    """Images a second of the stage for each number of particles, by one worker, and for the largest by one on every CPU; what a core
+    transforms, and what the disk takes of what is written, with every shard synced."""
     cpus = len(os.sched_getaffinity(0))
     stack = _stack(folder / "stack0.mrcs", min(counts), box)
     plans = [(count, 1) for count in counts] + ([(max(counts), cpus)] if cpus > 1 else [])
@@ -31,7 +33,18 @@ def rates(folder: Path, counts: tuple[int, ...], box: int, seconds: float) -> di
     torch.set_num_threads(1)
     transform = median_time(lambda: torch.fft.irfft2(torch.fft.rfft2(images)), CPU, seconds) / len(images)
     torch.set_num_threads(cpus)
-    return {"box": box, "runs": runs, "transforms_per_second_of_a_core": 1 / transform}
+    shard = np.random.default_rng(0).bytes(SYNCED)
+    disk = SYNCED / (2 * box**2) / median_time(lambda: synced(folder / "synced", shard), CPU, seconds)
+    return {"box": box, "runs": runs, "transforms_per_second_of_a_core": 1 / transform, "images_per_second_of_the_disk": disk}
+
+
+def synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
 
 
 def once(folder: Path, stack: Path, count: int, box: int, workers: int) -> float:
