@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Run a command with dask workers over the nodes of this SLURM job:  dask.sh NODES WORKERS CPUS COMMAND...
+# SIGUSR1, which tells trainings that the time limit is near, is nothing to the workers.
 # The scheduler lives here, a worker in each task of srun; the command finds them through DASK_SCHEDULER_ADDRESS.
 set -euo pipefail
 
@@ -23,7 +24,7 @@ scheduler=$!
 trap 'kill $scheduler 2>/dev/null || true' EXIT
 # shellcheck disable=SC2086
 srun -K1 -N "$nodes" -n "$workers" -c "$cpus" ${CRYOSPIRE_CONTAINER:-} \
-    sh -c 'echo "dask worker on ${SLURMD_NODENAME:-$(hostname)}" && exec "$@"' worker \
+    sh -c 'trap "" USR1; echo "dask worker on ${SLURMD_NODENAME:-$(hostname)}" && exec "$@"' worker \
     dask worker "$DASK_SCHEDULER_ADDRESS" --nthreads 1 --no-nanny --no-dashboard --death-timeout 60 >&2 &
 pool=$!
 # shellcheck disable=SC2086

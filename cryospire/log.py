@@ -16,8 +16,8 @@ NOTE = 60.0  # seconds between records that a stage does not ask for: an epoch m
 
 
 def rank() -> int:
-    """Rank of this process under torchrun, srun or mpiexec; 0 when alone."""
-    for name in ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+    """Rank of this process under torchrun, mpiexec or srun; 0 when alone.  What mpiexec starts in a job of SLURM inherits that job's."""
+    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         if name in os.environ:
             return int(os.environ[name])
     return 0

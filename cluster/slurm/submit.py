@@ -4,7 +4,8 @@
     submit.py --site cluster/site.yaml JOBSCRIPT
 
 A job of the same outputs that is still in the queue is taken up again: after Snakemake was killed, no stage runs twice.  One with other
-settings, from before the config was changed, is cancelled first: two would write one store.
+settings, from before the config was changed, is cancelled first: two would write one store; and so is one that waits and was asked for
+with other flags, from before the site's file was changed.
 """
 
 import argparse
@@ -22,19 +23,20 @@ from cryospire.site.sbatch import flags
 from cryospire.site.settings import load
 
 
-def names_of(properties: dict[str, Any]) -> tuple[str, str]:
-    """How the names of all jobs of this rule with these outputs begin, and the name of one with these settings."""
+def names_of(properties: dict[str, Any], asked: list[str]) -> tuple[str, str, str]:
+    """How the names of all jobs of this rule with these outputs begin, of those with these settings, and the name of one asked for so."""
     outputs = "\n".join(str(Path(p).resolve()) for p in properties["output"])
     settings = str(properties.get("params", {}).get("settings", ""))
-    written, made = (hashlib.blake2b(text.encode(), digest_size=6).hexdigest() for text in (outputs, settings))
-    begin = f"cryospire-{properties['rule']}-{written}-"
-    return begin, begin + made
+    hashes = [hashlib.blake2b(text.encode(), digest_size=6).hexdigest() for text in (outputs, settings, "\n".join(asked))]
+    begin = f"cryospire-{properties['rule']}-{hashes[0]}-"
+    return begin, f"{begin}{hashes[1]}-", f"{begin}{hashes[1]}-{hashes[2]}"
 
 
-def queued(begin: str) -> dict[str, str]:
-    """Names of own jobs that are in the queue and begin so, by id."""
-    lines = patiently(["squeue", "-h", "--me", "--states=PD,R,CF,CG,S", "-o", "%i %j"]).splitlines()
-    return {job: name for job, name in (line.split(maxsplit=1) for line in lines) if name.startswith(begin)}
+def queued(begin: str) -> dict[str, tuple[str, bool]]:
+    """Own jobs that are in the queue and whose names begin so: by id the name, and whether the job still waits."""
+    lines = patiently(["squeue", "-h", "--me", "--states=PD,R,CF,CG,S", "-o", "%i %t %j"]).splitlines()
+    rows = [line.split(maxsplit=2) for line in lines]
+    return {job: (name, state == "PD") for job, state, name in rows if name.startswith(begin)}
 
 
 def patiently(command: list[str], script: str | None = None) -> str:
@@ -71,27 +73,25 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"cryospire: error: {error}")
     properties = read_job_properties(str(args.jobscript))
-    begin, name = names_of(properties)
+    asked = flags(site, properties["rule"], properties["threads"], properties["resources"])
+    begin, alike, name = names_of(properties, asked)
     found = queued(begin)
-    for job in [job for job, other in found.items() if other != name]:
-        print(f"cryospire: job {job} has other settings than the config's: cancelled", file=sys.stderr)
+    usable = [job for job, (other, waits) in found.items() if other == name or (other.startswith(alike) and not waits)]
+    for job in found.keys() - set(usable):
+        other = found[job][0]
+        what = "was asked for with other flags" if other.startswith(alike) else "has other settings than the config's"
+        print(f"cryospire: job {job} {what}: cancelled", file=sys.stderr)
         patiently(["scancel", job])
         while job in queued(begin):
             time.sleep(1)
-    same = [job for job, other in found.items() if other == name]
-    if same:
-        submitted(properties, same[0])
+    if usable:
+        print(f"cryospire: job {usable[0]} of an earlier start is taken up", file=sys.stderr)
+        submitted(properties, usable[0])
         return
     site.logs.mkdir(parents=True, exist_ok=True)
     shebang, rest = args.jobscript.read_text().split("\n", 1)
     script = "\n".join([shebang, *site.opening, rest])
-    command = [
-        "sbatch",
-        "--parsable",
-        f"--job-name={name}",
-        *flags(site, properties["rule"], properties["threads"], properties["resources"]),
-    ]
-    submitted(properties, patiently(command, script).split(";")[0])
+    submitted(properties, patiently(["sbatch", "--parsable", f"--job-name={name}", *asked], script).split(";")[0])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cryospire.config import Config, Train, Training
+from cryospire.conventions import InputError
 from cryospire.log import duration
 from cryospire.site.settings import Site
 
@@ -143,6 +144,8 @@ def ranks(config: Config, stage: str, data: Data, site: Site) -> int:
     """Ranks of a training: a power of two that divides its lanes, enough to end it in ``GPU_HOURS``, within the site's bound."""
     settings: Training = getattr(config, stage)
     if site.ranks:
+        if settings.lanes % site.ranks:
+            raise InputError(f"ranks: {site.ranks} of the site file do not divide {stage}.lanes, {settings.lanes}")
         return site.ranks
     rate = GPU_GFLOPS if site.gpus_per_node else CPU_GFLOPS * site.cpus_per_task
     hours = settings.epochs * data.particles * flop_of_image(settings, data.box) / (rate * 1e9) / 3600
@@ -150,6 +153,17 @@ def ranks(config: Config, stage: str, data: Data, site: Site) -> int:
     while wanted * 2 <= min(site.max_gpus, settings.lanes) and settings.lanes % (wanted * 2) == 0 and hours / wanted > GPU_HOURS:
         wanted *= 2
     return wanted
+
+
+def shape(tasks: int, site: Site) -> tuple[int, int]:
+    """Nodes and GPUs of a training of so many ranks."""
+    each = site.ranks_per_node or site.gpus_per_node or 1
+    return -(-tasks // each), tasks if site.gpus_per_node else 0
+
+
+def over_mpi(site: Site | None) -> tuple[int, int]:
+    """Nodes and ranks of a stage of MPI ranks."""
+    return (min(site.mpi_nodes, site.mpi_ranks), site.mpi_ranks) if site else (1, 1)
 
 
 def most_parts(config: Config) -> int:
@@ -180,8 +194,7 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         settings: Training = getattr(config, stage)
         if site is not None:
             tasks = ranks(config, stage, data, site)
-            each = site.ranks_per_node or site.gpus_per_node or 1
-            nodes, gpu = -(-tasks // each), tasks if site.gpus_per_node else 0
+            nodes, gpu = shape(tasks, site)
         batch = settings.batch / tasks  # of a rank
         pairs = batch * settings.gaussians * 4 / 1e6  # MB of one number for every image and Gaussian
         depth = settings.hidden * settings.layers if settings.head == "mlp" and not gpu else 40
@@ -196,14 +209,14 @@ def need(config: Config, stage: str, data: Data, site: Site | None, attempt: int
         memory, seconds, disk = 1000 + n * 4e-3, 120 + n * 3e-3, n * 1e-4
     elif stage == "reconstruct":
         parts, fine = most_parts(config), (2 * b if b <= 128 else b)
-        tasks = site.mpi_ranks if site else 1
+        nodes, tasks = over_mpi(site)
         wide = IMAGES * config.train.gaussians * (3 * config.train.hidden if config.train.head == "mlp" else 40) * 4 / 1e6
         work = flop_of_image(config.train, b) / 3 / (CPU_GFLOPS * cpus * 1e9) + parts * (b / 128) ** 2 / CPU_IMAGES
         memory, seconds, disk = 4 * parts * fine**3 * 6 * 1.2 / 1e6 + wide + 500, n * work / tasks, 9 * parts * b**3 * 4 / 1e6
     elif stage == "assemble":
         side = config.assemble.box or b
         volumes = config.analyse.states + (config.analyse.trajectories + 1) * config.analyse.steps
-        tasks = site.mpi_ranks if site else 1
+        nodes, tasks = over_mpi(site)
         maps = 12 + 2 * most_parts(config)  # detail and mask of every part stay in memory
         memory, seconds, disk = maps * side**3 * 4 / 1e6, 3 * volumes * (side / 64) ** 3, 2 * volumes * side**3 * 4 / 1e6
     elif stage in ("evaluate", "validate"):

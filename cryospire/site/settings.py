@@ -37,6 +37,7 @@ class Site(Section):
     ranks: int = Field(0, ge=0, description="ranks of a training; 0: computed from the data")
     ranks_per_node: int = Field(0, ge=0, description="0: gpus_per_node, or 1 on CPUs")
     mpi_ranks: int = Field(4, ge=1, description="ranks of reconstruct and of assemble")
+    mpi_nodes: int = Field(1, ge=1, description="nodes that they are spread over")
     dask_workers: int = Field(8, ge=1, description="workers of preprocess, one CPU each")
     dask_nodes: int = Field(1, ge=1, description="nodes that they are spread over")
     cpus_per_task: int = Field(8, ge=1)

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
+from cryospire.config import Training
 from cryospire.conventions import InputError
-from cryospire.site import settings
+from cryospire.site import estimate, settings
 from cryospire.site.sbatch import flags
 from cryospire.site.settings import Site
 
-SPEED_MIB = 64  # written and read for the speed of the file system
+SPEED_MIB = 64  # written for the speed of the file system
 SLOW = 50.0  # MiB/s
 OF_NODES = ("node", "GPUs here", "C compiler", "MPI", "files")  # what is looked at on a node of a job as well
 SHAPE = ("--partition", "--nodes", "--ntasks", "--cpus-per-task", "--time", "--mem", "--gres", "--gpus", "--gpus-per-node")  # of a job
@@ -133,18 +134,20 @@ def minutes(limit: str) -> float:
 
 def requests(site: Site) -> Iterator[Check]:
     """What jobs of this site ask for at most, as sbatch judges it; nothing is submitted."""
-    ranks = site.ranks_per_node or site.gpus_per_node or 1
+    most = site.ranks or 1 << (min(site.max_gpus, Training().lanes).bit_length() - 1)  # of the largest training
+    nodes, gpus = estimate.shape(most, site)
     shapes = {
         "preprocess": (1, {"nodes": site.dask_nodes, "tasks": site.dask_workers}),
-        "trainings": (site.cpus_per_task, {"tasks": ranks, "gpu": site.gpus_per_node}),
-        "MPI stages": (site.cpus_per_task, {"tasks": site.mpi_ranks}),
+        "trainings": (site.cpus_per_task, {"nodes": nodes, "tasks": most, "gpu": gpus}),
+        "MPI stages": (site.cpus_per_task, dict(zip(("nodes", "tasks"), estimate.over_mpi(site), strict=True))),
         "other stages": (site.cpus_per_task, {}),
     }
     for name, (threads, shape) in shapes.items():
         asked = flags(site, "check", threads, {"mem_mb": site.max_mem_mb or 2000, "runtime": site.max_runtime} | shape)
         code, text = answer(["sbatch", "--test-only", *asked, "--wrap=true"])
         shown = " ".join(flag for flag in asked if flag.split("=")[0] in SHAPE)
-        yield Check(name, shown, f"sbatch refuses such a job: {text.splitlines()[-1] if text else code}" if code else "")
+        hint = "; max_gpus (or ranks) is the most of a training" if name == "trainings" else ""
+        yield Check(name, shown, f"sbatch refuses such a job{hint}: {text.splitlines()[-1] if text else code}" if code else "")
 
 
 def file_system(folder: Path) -> Check:
@@ -218,7 +221,7 @@ def between_nodes(site: Site, file: Path, launcher: Path) -> Iterator[Check]:
 
 
 def probe(folder: Path) -> None:
-    """One of two ranks: meet, exchange 32 MB, see each other's files."""
+    """One of two ranks: meet, exchange 32 MB of latents and, as a training does, 32 MB of gradients; see each other's files."""
     from cryospire.training.distributed import team
 
     with team() as ranks:
@@ -227,7 +230,16 @@ def probe(folder: Path) -> None:
         start = time.monotonic()
         ranks.gather(rows)
         ranks.barrier()
-        seconds = time.monotonic() - start
+        latents = 32 / (time.monotonic() - start)
+        network = ranks.wrap(torch.nn.Linear(1 << 12, 1 << 11, bias=False).to(ranks.device))
+        for _ in range(2):  # the first meets, the second is timed
+            start = time.monotonic()
+            network(torch.full((1, 1 << 12), 1.0 + ranks.rank, device=ranks.device)).sum().backward()
+            mean = float(next(network.parameters()).grad.mean())  # type: ignore[union-attr]
+            gradients = 32 / (time.monotonic() - start)
+            network.zero_grad()
+        if mean != 1.5:
+            raise InputError(f"gradients of two ranks over {ranks.backend} are averaged to {mean:g}, not 1.5")
         (folder / str(ranks.rank)).touch()
         ranks.barrier()
         other, waited = folder / str(1 - ranks.rank), time.monotonic()
@@ -240,6 +252,7 @@ def probe(folder: Path) -> None:
         )
         # One write: lines of two ranks in one file must not mix.
         sys.stdout.write(
-            f"rank {ranks.rank} of {ranks.size} on {os.uname().nodename}, {ranks.device}, {32 / seconds:.0f} MB/s, sees {seen}\n"
+            f"rank {ranks.rank} of {ranks.size} on {os.uname().nodename}, {ranks.device}, latents {latents:.0f} MB/s, "
+            f"gradients {gradients:.0f} MB/s over {ranks.backend}, sees {seen}\n"
         )
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cryospire import log
 from cryospire.conventions import InputError, explained
 
 
@@ -20,7 +22,13 @@ def over_ranks(work: Callable[[Any], None]) -> None:
     from mpi4py import MPI  # importing it starts MPI
 
     comm = MPI.COMM_WORLD
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and comm.size == 1:
+        raise InputError(f"{tasks} tasks of srun that do not know of each other would each do everything; start them by srun --mpi=pmi2")
     try:
+        if comm.size > 1:
+            nodes = sorted(set(comm.allgather(log.node())))
+            log.say(f"{comm.size} ranks on {', '.join(nodes)}")
         work(comm)
     except BaseException as error:
         if comm.size == 1:

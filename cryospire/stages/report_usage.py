@@ -29,11 +29,11 @@ def of_run(root: Path, seconds: dict[str, float]) -> Usage | None:
         records |= {f"{stage} {half.name}": status.read_metrics(half / "logs" / f"{stage}.metrics.jsonl") for stage in status.STAGES}
     jobs = sorted({str(r["job"]) for found in records.values() for r in found if r.get("job")})
     counted = from_accounting(sacct(jobs)) if jobs else None
-    if counted is not None:
-        return counted
     gpus = {stage: max((int(r.get("gpus", 0)) for r in found), default=0) for stage, found in records.items()}
     hours = sum(n * seconds.get(stage, 0.0) / 3600 for stage, n in gpus.items())
-    return Usage(hours, 0.0, "GPUs times the wall time of each stage's last start") if hours else None
+    if counted is not None and (counted.gpu_hours or not hours):  # not every site's accounting knows of GPUs
+        return counted
+    return Usage(hours, counted.joule if counted else 0.0, "GPUs times the wall time of each stage's last start") if hours else None
 
 
 def sacct(jobs: list[str]) -> str:

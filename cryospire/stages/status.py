@@ -23,6 +23,7 @@ STAGES = {
     "reconstruct": "reconstruction.zarr", "analyse": "analysis.zarr", "assemble": "volumes.zarr", "evaluate": "evaluation.json",
     "validate": "validation.json", "report": "report.html",
 }  # fmt: skip
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "CANCELLED", "PREEMPTED", "DEADLINE", "BOOT_FAIL")  # SLURM's words
 FRESH = 180.0  # s since the last line of a log or metrics after which an unfinished stage no longer counts as running
 
 
@@ -65,16 +66,17 @@ def newest(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {k: v for r in records if r.get("done", 0) <= done for k, v in r.items()}
 
 
-def pending() -> dict[str, str]:
-    """Own jobs that SLURM has not started, by id, and why not; none where there is no SLURM or it does not answer."""
+def jobs() -> dict[str, tuple[str, str]]:
+    """State and reason of own jobs that SLURM knows, ended some minutes ago at most; none where there is no SLURM or it does not answer."""
     try:
-        done = subprocess.run(["squeue", "-h", "--me", "--states=PD", "-o", "%i %r"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["squeue", "-h", "--me", "--states=all", "-o", "%i %T %r"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    return {job: reason for job, _, reason in (line.partition(" ") for line in done.stdout.splitlines())} if done.returncode == 0 else {}
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return {job: (state, reason) for job, state, reason in rows}
 
 
-def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -> Stage:
+def read_stage(results: Path, name: str, now: float, queue: Mapping[str, tuple[str, str]]) -> Stage:
     """State of one stage from what it has written, and from the ``queue`` of jobs; nothing is locked, nothing changed."""
     target, log = results / STAGES[name], results / "logs" / f"{name}.log"
     metrics = results / "logs" / f"{name}.metrics.jsonl"
@@ -86,8 +88,12 @@ def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -
             return Stage(name, "outdated", last, records, f"made of {', '.join(changed)} as it was before")
         return Stage(name, "complete", last, records)
     submitted = log.with_suffix(".job")  # by cluster/slurm/submit.py
-    if submitted.exists() and (job := submitted.read_text().strip()) in queue:
-        return Stage(name, "queued", last | {"job": job}, records, f"job {job} is in the queue ({queue[job]})")
+    job = submitted.read_text().strip() if submitted.exists() else ""
+    state, reason = queue.get(job, ("", ""))
+    if state == "PENDING":
+        return Stage(name, "queued", last | {"job": job}, records, f"job {job} is in the queue ({reason})")
+    if state and state not in ENDED:
+        return Stage(name, "running", last | {"job": job}, records)
     checkpoints = results / "checkpoints" / name
     traces = [p for p in (log, metrics, checkpoints, target) if p.exists()]
     if not traces:
@@ -95,6 +101,8 @@ def read_stage(results: Path, name: str, now: float, queue: Mapping[str, str]) -
     tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
     if tail and ("error:" in tail[0].lower() or tail[0].startswith(("Traceback", "srun: error"))):
         return Stage(name, "failed", last, records, f"{tail[0]} ({log})")
+    if state in ENDED and state != "COMPLETED":
+        return Stage(name, "failed", last, records, f"job {job}: {state.lower().replace('_', ' ')} ({log})")
     fresh = now - max(p.stat().st_mtime for p in traces) < FRESH
     if log.exists() and not (last.get("job") or submitted.exists()):  # of a workflow on this machine: what it has begun ends with it
         fresh = fresh and (any(map(lock.held, (results, results.parent))) or bool(lock.orphans(results)))
@@ -130,7 +138,7 @@ def read(results: Path) -> list[Stage]:
     """All stages; simulate and evaluate only where the run has them."""
     if not results.is_dir():
         raise InputError(f"{results}: no such folder of results")
-    now, queue = time.time(), pending()
+    now, queue = time.time(), jobs()
     found = [read_stage(results, name, now, queue) for name in STAGES]
     for half in halves(results):
         found += [replace(read_stage(half, name, now, queue), name=f"{name} {half.name}") for name in estimate.OF_HALVES]

@@ -25,17 +25,22 @@ class Team:
     def __init__(self) -> None:
         env = os.environ
         launched = "MASTER_ADDR" in env and ("RANK" in env or "SLURM_PROCID" in env)
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+        if tasks > 1 and not launched:
+            raise InputError(f"{tasks} tasks of srun that do not know of each other would each train alone; cluster/launch.sh starts ranks")
         self.rank = int(env.get("RANK", env.get("SLURM_PROCID", 0))) if launched else 0
         self.size = int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", 1))) if launched else 1
         local = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0))) if launched else 0
-        self.device = torch.device("cpu")
+        self.device, self.backend = torch.device("cpu"), "gloo"  # of gradients
         if torch.cuda.is_available():
             self.device = torch.device("cuda", local % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         elif given := log.gpus():
             log.say(f"warning: this job was given {given} GPU(s), but torch sees none: it runs on CPUs; see cryospire cluster check")
         if self.size > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            backend = "gloo"
+            if self.device.type == "cuda":
+                backend, self.backend = "cpu:gloo,cuda:nccl", "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(minutes=10))
 
     def lanes(self, total: int, batch: int) -> range:

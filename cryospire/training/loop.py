@@ -30,7 +30,7 @@ from cryospire.training.model import Mixture
 from cryospire.training.restarts import Drawings, nodes, restarted
 
 RESTARTS = (1 / 3, 2 / 3)  # of the epochs, after which latents may begin anew
-AGREE_EVERY = 10  # steps between the ranks' agreement on stopping and on a finite loss
+AGREE_EVERY, AGREE_SECONDS = 10, 5.0  # steps, and time, at most between the ranks' agreements on stopping and on a finite loss
 PROBE_EVERY = 8  # steps between estimates of the latents' Fisher information
 M_TRIM_THRESHOLD, M_MMAP_MAX, KEPT = -1, -4, 2**30  # malloc.h; bytes of freed memory that are kept
 POSES = 1 << 16  # particles whose poses are corrected at once
@@ -84,6 +84,7 @@ def fit(
     if team.rank == 0 and force:
         checkpoint.clear(folder)
     saved = team.broadcast(checkpoint.load(folder, identity) if team.rank == 0 else None)
+    wish = _signals()
     if saved is None:
         prepare()
     lanes = team.lanes(config.lanes, config.batch)
@@ -150,8 +151,8 @@ def fit(
         latents.z.copy_(new)
         say(f"{stage}: {moved / len(data):.1%} of the latents begin anew at another shape, which explains their images better")
 
-    wish = _signals()
-    kept = time.monotonic()
+    kept = agreed = time.monotonic()
+    pace, together = AGREE_EVERY, 0  # steps to the next agreement, and since the last
     with Progress(stage, config.epochs * len(data), metrics=metrics) as progress:
         progress.skip(first_epoch * len(data) + min(first_step * config.batch, len(data)))
         for epoch in range(first_epoch, config.epochs):
@@ -177,8 +178,13 @@ def fit(
                 gradient = zb.grad / weight if zb.grad is not None else torch.zeros_like(zb)
                 latents.step(batch.rows, gradient, config.lr_z * (factor if settling else 1))
                 progress.advance(batch.total, f"epoch {epoch + 1}/{config.epochs}")
-                if (step + 1) % AGREE_EVERY == 0:
-                    total, stops, overdue = team.sum(float(running), wish(), time.monotonic() - kept > 60 * config.checkpoint_minutes)
+                together += 1
+                if together >= pace:
+                    now = time.monotonic()
+                    late = now - kept > 60 * config.checkpoint_minutes
+                    total, stops, overdue, took = team.sum(float(running), wish(), late, now - agreed)
+                    pace = max(1, min(AGREE_EVERY, int(together * AGREE_SECONDS * team.size / took)))
+                    agreed, together = now, 0
                     if not math.isfinite(total):
                         raise InputError(
                             f"{stage}: the loss is not finite in epoch {epoch + 1}, step {step + 1}; lower lr or look for damaged images"

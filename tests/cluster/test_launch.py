@@ -129,15 +129,61 @@ def test_a_job_is_taken_up_again_unless_its_settings_have_changed(slurm: Slurm, 
     slurm.sh(f"scancel {second}")
 
 
+def test_a_job_that_waits_with_flags_of_an_older_site_is_submitted_anew(slurm: Slurm, tmp_path: Path) -> None:
+    """One that runs is left to run."""
+    held = submit(slurm, tmp_path, "sleep 300", "{sbatch_flags: [--hold]}")
+    running = submit(slurm, tmp_path, "sleep 300")
+    assert running != held and slurm.sh(f"squeue -h --states=all -j {held} -o %T").strip() == "CANCELLED"
+    slurm.until(f"squeue -h -j {running} -o %T", "RUNNING")
+    assert submit(slurm, tmp_path, "sleep 300", "{qos: nosuch}") == running
+    slurm.sh(f"scancel {running}")
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["from cryospire.training.distributed import Team; Team()", "from cryospire.stages.ranks import over_ranks; over_ranks(print)"],
+    ids=["training", "MPI"],
+)
+def test_tasks_of_a_bare_srun_do_not_each_do_everything(slurm: Slurm, tmp_path: Path, program: str) -> None:
+    job = submit(slurm, tmp_path, f'srun --mpi=none -n 2 {sys.executable} -c "{program}" > said 2>&1', nodes=1, tasks=2)
+    ends_as(slurm, job, "failed")
+    assert "InputError: 2 tasks of srun that do not know of each other" in (tmp_path / "said").read_text()
+
+
+def test_dask_workers_outlive_the_signal_before_the_time_limit(slurm: Slurm, tmp_path: Path) -> None:
+    """It is for trainings, but SLURM sends it to whatever runs."""
+    write(
+        tmp_path / "wait.py",
+        """
+        import os, pathlib, time
+        from dask.distributed import Client
+        def work():
+            pathlib.Path("begun").touch()
+            time.sleep(8)
+            return "done"
+        print(Client(os.environ["DASK_SCHEDULER_ADDRESS"]).submit(work).result())
+        """,
+    )
+    job = submit(slurm, tmp_path, f"{DASK} 2 2 1 {sys.executable} wait.py > said 2>&1", nodes=2, tasks=2)
+    slurm.until(f"ls {tmp_path}", "begun\n")
+    slurm.sh(f"scancel --signal=USR1 {job}")
+    ends_as(slurm, job, "success", 60)
+    assert "done" in (tmp_path / "said").read_text()
+
+
 def test_status_tells_of_a_job_in_the_queue(slurm: Slurm, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "sleep 300", "{sbatch_flags: [--hold]}", name="train")
     shown = slurm.sh(f"cryospire status {tmp_path}")
     assert re.search(rf"train +queued .*{job}", shown) and f"train: job {job} is in the queue (JobHeldUser)" in shown
     slurm.sh(f"scontrol release {job}")
     slurm.until(f"squeue -h -j {job} -o %T", "RUNNING")
-    (tmp_path / "logs/train.log").write_text("train: 100 particles\n")
+    log = tmp_path / "logs/train.log"
+    log.write_text("train: 100 particles\n")
+    os.utime(log, (0, 0))  # a step that says nothing for long: SLURM knows better
     assert re.search(r"train +running", slurm.sh(f"cryospire status {tmp_path}"))
     slurm.sh(f"scancel {job}")
+    slurm.until(f"squeue -h --states=all -j {job} -o %T", "CANCELLED")
+    assert f"train: job {job}: cancelled" in slurm.sh(f"cryospire status {tmp_path}")
 
 
 def test_near_its_limit_a_training_saves_itself_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
@@ -257,9 +303,9 @@ def test_a_preempted_job_is_a_failure_to_retry(slurm: Slurm, tmp_path: Path) -> 
 
 def test_cluster_check(slurm: Slurm, tmp_path: Path) -> None:
     """Between two nodes ranks meet by gloo, MPI ranks by pmi2; a partition that is not there is named."""
-    write(tmp_path / "site.yaml", "{partition: debug, mail_user: '', cpus_per_task: 1, dask_workers: 4}")
+    write(tmp_path / "site.yaml", "{partition: debug, mail_user: '', cpus_per_task: 1, dask_workers: 4, max_gpus: 2}")
     out = slurm.sh(f"cryospire cluster check --site site.yaml --job --launcher {LAUNCH}", cwd=tmp_path, timeout=120)
-    assert "rank 0 of 2" in out and "rank 1 of 2" in out and "sees the other's file" in out
+    assert "rank 0 of 2" in out and "rank 1 of 2" in out and "sees the other's file" in out and "MB/s over gloo" in out
     assert "of a world of 2, 2" in out and "nothing found that would fail" in out
     assert "job: node" in out and "inside job" in out
     write(tmp_path / "site.yaml", "partition: nowhere")
@@ -273,6 +319,7 @@ def test_cluster_check(slurm: Slurm, tmp_path: Path) -> None:
         ("network_interface: nosuch0", "--job", "two nodes .*see network_interface"),
         pytest.param("container: nosuch", "--job", "two nodes .*see .*container", marks=pytest.mark.slow),
         ("max_runtime: 99999", "", "max_runtime .*partition debug ends jobs after 1440 minutes"),
+        ("max_gpus: 4", "", "trainings .*--nodes=4 .*sbatch refuses such a job"),
         ("gpus_per_node: 8", "", "trainings .*sbatch refuses such a job"),
         ("mpi_ranks: 5", "", "MPI stages .*sbatch refuses such a job"),
     ],

@@ -29,23 +29,22 @@ CONFIG = {
     "analyse": {"states": 2, "steps": 2, "trajectories": 1, "umap": False},
 }
 SITE = {
-    "partition": "debug", "gpus_per_node": 1, "ranks": 2, "ranks_per_node": 1, "mpi_ranks": 2, "dask_workers": 2, "dask_nodes": 2,
-    "cpus_per_task": 1, "max_mem_mb": 7000, "signal_seconds": 0,
+    "partition": "debug", "gpus_per_node": 1, "ranks": 2, "ranks_per_node": 1, "mpi_ranks": 2, "mpi_nodes": 2, "dask_workers": 2,
+    "dask_nodes": 2, "cpus_per_task": 1, "max_mem_mb": 7000, "signal_seconds": 0,
 }  # fmt: skip
 
-SNAKEMAKE = "snakemake --configfile config.yaml --seconds-between-status-checks 1"
+SNAKEMAKE = f"snakemake -s {ROOT}/Snakefile --configfile config.yaml --seconds-between-status-checks 1"
 DEFAULT = Path("/etc/slurm/slurm.conf")
 
 
 @pytest.fixture(scope="module")
 def run(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """A finished run, in a folder that holds nothing of the program but a site's settings."""
     folder = tmp_path_factory.mktemp("workflow")
-    for name in ("Snakefile", "workflow", "cluster", "envs"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    (folder / "cluster").mkdir()
     (folder / "cluster/site.yaml").write_text(yaml.safe_dump(SITE))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    out = slurm.sh(f"{SNAKEMAKE} --profile cluster/slurm", cwd=folder, timeout=1500)
+    out = slurm.sh(f"{SNAKEMAKE} --profile {ROOT}/cluster/slurm", cwd=folder, timeout=1500)
     assert "(100%) done" in out
     return folder
 
@@ -68,7 +67,7 @@ def test_every_store_is_complete(run: Path) -> None:
 def test_stages_ran_on_two_nodes(run: Path) -> None:
     assert "2 rank(s)" in (run / "results/logs/train.log").read_text()
     for stage in ("reconstruct", "assemble"):
-        assert "2 rank(s)" in (run / f"results/logs/{stage}.log").read_text()
+        assert "2 ranks on node1, node2" in (run / f"results/logs/{stage}.log").read_text()
     log = (run / "results/logs/preprocess.log").read_text()
     assert "dask worker on node1" in log and "dask worker on node2" in log
 
@@ -103,7 +102,7 @@ def test_the_official_plugin_runs_mpi_ranks(slurm: Slurm, run: Path, default_pla
     log = run / "results/logs/assemble.log"
     log.unlink()
     target = "--forcerun assemble -- results/volumes.zarr/zarr.json"
-    profile = "--profile cluster/slurm-plugin --slurm-init-seconds-before-status-checks 3 --retries 0"
+    profile = f"--profile {ROOT}/cluster/slurm-plugin --slurm-init-seconds-before-status-checks 3 --retries 0"
     slurm.sh(f"{SNAKEMAKE} {profile} {target}", cwd=run, timeout=300)
     assert "2 rank(s)" in log.read_text()
     stores.open_store(run / "results/volumes.zarr", "volumes")
@@ -121,7 +120,8 @@ def test_every_stage_is_cancelled_once(slurm: Slurm, run: Path, tmp_path: Path) 
     folder = tmp_path / "again"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("results", ".snakemake", "slurm_logs"))
     with (folder / "said").open("w") as said:
-        process = subprocess.Popen([*SNAKEMAKE.split(), "--profile", "cluster/slurm"], cwd=folder, env=slurm.env, stdout=said, stderr=said)
+        command = f"{SNAKEMAKE} --profile {ROOT}/cluster/slurm".split()
+        process = subprocess.Popen(command, cwd=folder, env=slurm.env, stdout=said, stderr=said)
     cancelled: dict[str, str] = {}
     try:
         while process.poll() is None:
@@ -154,9 +154,9 @@ def test_parts_alone_again(slurm: Slurm, run: Path) -> None:
     """One parameter changed: that stage and what follows from it, nothing before it."""
     before = {name: (run / f"results/{name}.zarr/zarr.json").stat().st_mtime_ns for name in ("discovery", "parts", "model")}
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"parts": {"parts": 2}}))
-    slurm.sh(f"{SNAKEMAKE} --profile cluster/slurm -- results/parts.zarr/zarr.json", cwd=run, timeout=120)
+    slurm.sh(f"{SNAKEMAKE} --profile {ROOT}/cluster/slurm -- results/parts.zarr/zarr.json", cwd=run, timeout=120)
     after = {name: (run / f"results/{name}.zarr/zarr.json").stat().st_mtime_ns for name in before}
     assert after["parts"] > before["parts"]
     assert after["discovery"] == before["discovery"] and after["model"] == before["model"]
-    planned = slurm.sh("snakemake --profile cluster/slurm --configfile config.yaml --dry-run", cwd=run)
+    planned = slurm.sh(f"{SNAKEMAKE} --profile {ROOT}/cluster/slurm --dry-run", cwd=run)
     assert "train" in planned.split("Job stats:")[1] and "discover" not in planned.split("Job stats:")[1]

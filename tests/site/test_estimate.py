@@ -41,6 +41,19 @@ def test_gpus_divide_the_lanes_and_fill_nodes() -> None:
     assert Train().lanes % found.tasks == 0
 
 
+def test_ranks_of_the_site_have_to_divide_the_lanes() -> None:
+    assert estimate.need(Config(), "train", LARGE, Site(ranks=4)).tasks == 4
+    with pytest.raises(InputError, match=r"ranks: 3 of the site file do not divide train\.lanes, 8"):
+        estimate.need(Config(), "train", LARGE, Site(ranks=3))
+
+
+def test_mpi_ranks_are_spread_over_the_nodes_that_the_site_gives_them() -> None:
+    for stage in ("reconstruct", "assemble"):
+        found = estimate.need(Config(), stage, LARGE, Site(mpi_ranks=4, mpi_nodes=2))
+        assert (found.nodes, found.tasks) == (2, 4)
+        assert found.mem_mb < estimate.need(Config(), stage, LARGE, Site(mpi_ranks=4)).mem_mb
+
+
 def test_small_data_take_one_gpu() -> None:
     assert estimate.need(Config(), "train", Data(10_000, 64, 64), Site(gpus_per_node=4)).gpu == 1
 

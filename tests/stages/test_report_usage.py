@@ -26,6 +26,18 @@ def test_every_start_of_a_job_counts_and_steps_do_not_count_twice() -> None:
     assert used.joule == pytest.approx(3.6e6)
 
 
+def test_accounting_that_knows_of_no_gpus_leaves_them_to_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AccountingStorageTRES need not have gres/gpu."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/train.metrics.jsonl").write_text(json.dumps({"gpus": 4, "job": "71"}) + "\n")
+    monkeypatch.setattr(report_usage, "sacct", lambda jobs: "71|1800|billing=16,cpu=16,mem=64G,node=2|5000\n")
+    used = report_usage.of_run(tmp_path, {"train": 900.0})
+    assert used is not None and used.gpu_hours == pytest.approx(1.0) and used.joule == 5000 and "GPUs times" in used.source
+    (tmp_path / "logs/train.metrics.jsonl").write_text(json.dumps({"gpus": 0, "job": "71"}) + "\n")
+    used = report_usage.of_run(tmp_path, {"train": 900.0})
+    assert used is not None and used.gpu_hours == 0 and "accounting" in used.source
+
+
 @pytest.mark.parametrize("text", ["", "Slurm accounting storage is disabled\n", "71|Unknown||\n"])
 def test_no_accounting(text: str) -> None:
     assert report_usage.from_accounting(text) is None

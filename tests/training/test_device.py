@@ -44,6 +44,7 @@ def test_no_step_waits_for_the_device(plain: None, particles: Path, tmp_path: Pa
     for epochs in (1, 3):
         with monkeypatch.context() as patch, far.device(patch) as waits:
             patch.setattr(Team, "device", property(lambda team: far.FAR, lambda team, device: None), raising=False)
+            patch.setattr(loop, "AGREE_SECONDS", 1e9)
             test_loop.train(particles, tmp_path / str(epochs), epochs=epochs, batch=4)
         waited.append(waits)
     steps = 2 * 50

@@ -18,9 +18,9 @@ import torch
 from cryospire.config import Discover, Train
 from cryospire.conventions import InputError
 from cryospire.io import stores
-from cryospire.training import checkpoint
+from cryospire.training import checkpoint, loop
 from cryospire.training.data import Batch, Particles, batches
-from cryospire.training.distributed import seed_everything, team
+from cryospire.training.distributed import Team, seed_everything, team
 from cryospire.training.latents import Latents
 from cryospire.training.loop import Interrupted, fit, probe
 from cryospire.training.model import Mixture
@@ -95,6 +95,26 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(particles: Path, tmp_path: P
     assert z is not None and again is not None and torch.equal(z, again)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model_again.state_dict().values(), strict=True))
     assert history["loss"] == pytest.approx(history_again["loss"], rel=1e-12)
+
+
+def test_slow_steps_are_agreed_on_one_by_one(particles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal is heard in time, however long a step takes."""
+    asked: list[int] = []
+    alone = Team.sum
+
+    def counted(self: Team, *values: float) -> list[float]:
+        asked.append(len(values))
+        return alone(self, *values)
+
+    monkeypatch.setattr(Team, "sum", counted)
+    found = []
+    for name, seconds in (("slow", 1e-9), ("fast", 1e9)):
+        monkeypatch.setattr(loop, "AGREE_SECONDS", seconds)
+        asked.clear()
+        train(particles, tmp_path / name, epochs=2, batch=4)
+        found.append(asked.count(4))  # what is agreed on: loss, signal, checkpoint, time
+    steps = 100
+    assert found == [1 + steps - 10, steps // 10]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

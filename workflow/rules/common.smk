@@ -1,6 +1,7 @@
 """Shared by all stages: the checked config, the site, resources, and how ranks are started."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,8 +17,16 @@ from cryospire.stages import status
 
 min_version("9.17")  # before, a stage that ran alone left its cores to be given twice
 
-# `cryospire`, `mpiexec` and `torchrun` of the environment that runs Snakemake, in jobs as well.
-shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+CLUSTER = Path(workflow.basedir) / "cluster"
+BIN = str(Path(sys.executable).parent)
+
+
+def site_of(name):
+    """The settings of a site: of a file in this folder, else of the one beside the Snakefile.  Profiles find it, and their scripts, by
+    the environment."""
+    path = Path(name) if Path(name).exists() else Path(workflow.basedir) / name
+    os.environ |= {"CRYOSPIRE_SITE": str(path.absolute()), "CRYOSPIRE_CLUSTER": str(CLUSTER), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return site_settings.load(path)
 
 
 def checked_config():
@@ -31,13 +40,18 @@ def checked_config():
         validate(config, "../schemas/config.schema.json", set_default=False)
         if checked != configuration.Config.model_validate(config):
             raise InputError(f"{file}: stages read this file; change it there instead of through --config")
-        return file, checked, site_settings.load(Path(site)) if site else None
+        return file, checked, site_of(site) if site else None
     except InputError as error:
         raise WorkflowError(str(error))
 
 
 CONFIG_FILE, CONFIG, SITE = checked_config()
 R = CONFIG.output
+
+# What a site wants first; then `cryospire`, `mpiexec` and `torchrun` of the environment that runs Snakemake, in jobs as well.
+opening = "; ".join([*(SITE.opening if SITE else []), f"export PATH={shlex.quote(BIN)}:$PATH"])
+shell.prefix(f"set -e; {opening}; set -uo pipefail; ")
+
 DATA = estimate.measure(CONFIG)
 THREADS = SITE.cpus_per_task if SITE else workflow.resource_settings.cores or 1
 SIMULATED = CONFIG.particles.parent
@@ -101,7 +115,7 @@ def alone(wildcards, resources):
 
 def started_by(script, threads, resources):
     """A script in cluster/ with the shape of the job, and what the site wants it to know."""
-    path = shlex.quote(str(Path(workflow.basedir) / "cluster" / script))
+    path = shlex.quote(str(CLUSTER / script))
     return f"env {SITE.variables} {path} {resources.nodes} {resources.tasks} {threads}"
 
 
@@ -132,7 +146,10 @@ def mpi(wildcards, threads, resources):
 
 if workflow.is_main_process:
     without = {name for name, there in (("simulate", CONFIG.simulate), ("evaluate", TRUTH)) if there is None}
-    print(estimate.summary(CONFIG, without, DATA, SITE, THREADS), file=sys.stderr)
+    try:
+        print(estimate.summary(CONFIG, without, DATA, SITE, THREADS), file=sys.stderr)
+    except InputError as error:
+        raise WorkflowError(str(error))
     for rule_name, settings in status.altered(CONFIG).items():
         words = f"{rule_name} was run with other settings ({', '.join(settings)})"
         print(f"  {words}; if it is not among the jobs, Snakemake has no record of that run: --forcerun {rule_name}", file=sys.stderr)

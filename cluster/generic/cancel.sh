@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Cancel jobs:  cancel.sh ID...
+exec "$(dirname "$0")/scheduler.sh" cancel "$@"
