@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cryospire.site.settings import Site
 from cryospire.stages import report_usage
@@ -391,3 +392,15 @@ def test_what_other_schedulers_are_asked_for(tmp_path: Path, program: str, expec
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
     assert expected in (tmp_path / "asked").read_text()
     assert done.stdout.strip() == "7" or program == "qsub"
+
+
+def test_other_schedulers_are_told_to_cancel(tmp_path: Path) -> None:
+    """Snakemake starts the profile's command as one program, with ids and nothing else."""
+    recorder = write(tmp_path / "qdel", '#!/bin/sh\necho "$@" > asked\n')
+    recorder.chmod(0o755)
+    profile = ROOT / "cluster/generic"
+    program = profile / yaml.safe_load((profile / "config.yaml").read_text())["cluster-generic-cancel-cmd"]
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    subprocess.run([str(program), "7", "8"], cwd=tmp_path, env={"PATH": str(tmp_path)}, check=True)
+    assert (tmp_path / "asked").read_text() == "7 8\n"
