@@ -160,16 +160,7 @@ def one(case: Case, device: torch.device, folder: Path, limits: dict[str, float]
     adam = loop.optimizer(model, config)
     first = next(_epoch(data, config)).to(device)
     on = loop.seen(model, latents.take(first.rows).detach(), first)
-
-    def step(batch: Batch) -> None:
-        zb = latents.take(batch.rows)
-        loss = model(*loop.seen(model, zb, batch)).mean() + loop.prior(model, config)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        adam.step()
-        assert zb.grad is not None
-        latents.step(batch.rows, zb.grad, config.lr_z)
-
+    step = stepper(model, config, latents, adam)
     step(first)
     times = {name: median_time(work, device, seconds) for name, work in parts(model, config, latents, adam, first, on).items()}
     z, lanes = latents.z[: case.batch], range(config.lanes)
@@ -183,6 +174,36 @@ def one(case: Case, device: torch.device, folder: Path, limits: dict[str, float]
         "floor_ms": 1e3 * floor / case.batch, "step_over_floor": times["step"] / floor, "peak_GB": peak_gb(device),
         **against_dense(model, config, on, device, seconds),
     }  # fmt: skip
+
+
+def stepper(model: Mixture, config: Training, latents: Latents, adam: torch.optim.Optimizer) -> Callable[[Batch], None]:
+    """The step of a training, but for the probes of its latents' Fisher information."""
+
+    def step(batch: Batch) -> None:
+        zb = latents.take(batch.rows)
+        loss = model(*loop.seen(model, zb, batch)).mean() + loop.prior(model, config)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+        assert zb.grad is not None
+        latents.step(batch.rows, zb.grad, config.lr_z)
+
+    return step
+
+
+def epoch_of(case: Case, count: int) -> Callable[[Particles], float]:
+    """Images a second of an epoch of a training of ``count`` particles on the CPU, fed as a training is."""
+    model, config = mixture(case)
+    latents = Latents.of(config, LATENT, 0.1 * torch.randn(count, LATENT), 0)
+    step = stepper(model, config, latents, loop.optimizer(model, config))
+
+    def rate(data: Particles) -> float:
+        began = time.perf_counter()
+        for batch in prefetch(_epoch(data, config), torch.device("cpu")):
+            step(batch)
+        return len(data) / (time.perf_counter() - began)
+
+    return rate
 
 
 def _epoch(data: Particles, config: Training) -> Iterator[Batch]:
@@ -294,5 +315,9 @@ def feed(plan: Plan, folder: Path) -> dict[str, Any]:
         points.append({"particles": count, **rates, "columns_GB": columns, **peaks})
         del data
     growth = {key: fit([(p["particles"], p[key]) for p in points]) for key in ("images_per_second", "peak_GB", "training_peak_GB")}
-    ways = sources(folder, plan.feed_particles, plan.feed_box, config.batch, config.lanes, config.memory_mib, 3)
+    users: dict[str, Callable[[Particles], float]] = {
+        "alone": lambda data: stream(data, config.batch, config.lanes, config.memory_mib, float("inf"))["images_per_second"],
+        "training": epoch_of(replace(base, box=plan.feed_box), plan.feed_particles),
+    }
+    ways = sources(folder, plan.feed_particles, plan.feed_box, users, 3)
     return {"box": plan.feed_box, "memory_mib": config.memory_mib, "against_particles": points, "exponents": growth, "sources": ways}

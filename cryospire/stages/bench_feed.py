@@ -123,8 +123,11 @@ def forget(folder: Path) -> None:
             os.close(handle)
 
 
-def sources(folder: Path, count: int, box: int, batch: int, lanes: int, memory_mib: int, repeats: int) -> dict[str, Any]:
-    """One epoch of the same particles from disk, from the page cache, and from an array in memory; medians of interleaved runs."""
+def sources(folder: Path, count: int, box: int, rates: dict[str, Callable[[Particles], float]], repeats: int) -> dict[str, Any]:
+    """One epoch of the same particles from disk, from the page cache, and from an array in memory; medians of interleaved runs.
+
+    ``rates``: by name, what uses up an epoch of the particles and returns images a second.
+    """
     path = folder / "sources.zarr"
     data = simulated(path, count, box)
     on_disk, in_memory = data.images, np.asarray(data.images[...])
@@ -140,16 +143,19 @@ def sources(folder: Path, count: int, box: int, batch: int, lanes: int, memory_m
         data.images = in_memory
 
     ways: dict[str, Callable[[], None]] = {"disk": cold, "page cache": warm, "memory": memory}
-    runs: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, prepare in ways.items():
-            prepare()
-            runs[name].append(stream(data, batch, lanes, memory_mib, seconds=float("inf"))["images_per_second"])
-    rates = {name: float(np.median(values)) for name, values in runs.items()}
+    found: dict[str, Any] = {}
+    for name, rate in rates.items():
+        runs: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(repeats):
+            for way, prepare in ways.items():
+                prepare()
+                runs[way].append(rate(data))
+        medians = {way: float(np.median(values)) for way, values in runs.items()}
+        found[name] = {"images_per_second": medians, "time_out_of_core_over_in_memory": medians["memory"] / medians["disk"]}
     disk = raw_read(path / "images")
-    return {
-        "particles": count, "box": box, "images_per_second": rates, "time_out_of_core_over_in_memory": rates["memory"] / rates["disk"],
-        "disk_MB_per_second": disk, "disk_images_per_second": disk * 1e6 / (box**2 * on_disk.dtype.itemsize),
+    return found | {
+        "particles": count, "box": box, "disk_MB_per_second": disk,
+        "disk_images_per_second": disk * 1e6 / (box**2 * on_disk.dtype.itemsize),
     }  # fmt: skip
 
 

@@ -118,8 +118,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(f"{p['particles']:,}", f"{p['images_per_second']:,.0f}", f"{p['MB_per_second']:,.0f}", *memory)
     console.print(table)
     s = f["sources"]
-    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in s["images_per_second"].items())
-    console.print(f"an epoch of {s['particles']:,} particles, images/s from: {rates}; disk alone {s['disk_images_per_second']:,.0f}")
+    growth = ", ".join(f"{name} {f['exponents'][key]:.2f}" for name, key in (("rate", "images_per_second"), ("memory", "training_peak_GB")))
+    console.print(f"~ particles^p over {[p['particles'] for p in f['against_particles']]}: {growth}")
+    for name, words in (("alone", "the feed alone"), ("training", "a training of stage 2")):
+        rates = ", ".join(f"{way} {rate:,.0f}" for way, rate in s[name]["images_per_second"].items())
+        longer = s[name]["time_out_of_core_over_in_memory"]
+        console.print(f"an epoch of {s['particles']:,} particles, {words}, images/s from: {rates}; from disk {longer:.2f} times as long")
+    console.print(f"disk alone, images/s: {s['disk_images_per_second']:,.0f}")
     p = result["preprocess"]
     runs = "; ".join(f"{r['particles']:,} by {r['workers']} worker(s) {r['images_per_second']:,.0f}" for r in p["runs"])
     core, disk = p["transforms_per_second_of_a_core"], p["images_per_second_of_the_disk"]

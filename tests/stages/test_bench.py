@@ -48,7 +48,10 @@ def test_tables_name_machine_and_rates(result: dict) -> None:
     console = Console(record=True, width=240)
     bench_machine.show(result, console)
     text = console.export_text()
-    words = ("factorized", "dense/splat", "cost ~ gaussians^p", "cost ~ box^p", "page cache", "there and back")
+    words = (
+        "factorized", "dense/splat", "cost ~ gaussians^p", "cost ~ box^p", "page cache", "a training of stage 2", "~ particles^p",
+        "there and back",
+    )  # fmt: skip
     for word in (result["machine"]["cpu"], *words):
         assert word in text
 
