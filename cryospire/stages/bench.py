@@ -180,13 +180,7 @@ def stepper(model: Mixture, config: Training, latents: Latents, adam: torch.opti
     """The step of a training, but for the probes of its latents' Fisher information."""
 
     def step(batch: Batch) -> None:
-        zb = latents.take(batch.rows)
-        loss = model(*loop.seen(model, zb, batch)).mean() + loop.prior(model, config)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        adam.step()
-        assert zb.grad is not None
-        latents.step(batch.rows, zb.grad, config.lr_z)
+        loop.descend(model, model, latents, adam, batch, latents.take(batch.rows), config, 1, config.lr_z)
 
     return step
 

@@ -27,7 +27,9 @@ from cryospire.log import say
 from cryospire.maths.poses import random_rotations
 from cryospire.stages.bench_machine import machine, median_time, wait
 from cryospire.training import loop
+from cryospire.training.data import Batch
 from cryospire.training.distributed import Team, team
+from cryospire.training.latents import Latents
 from cryospire.training.model import Mixture
 
 PAYLOADS = (1_000, 250_000, 1_000_000)  # floats, of the measured all-reduce
@@ -97,7 +99,10 @@ def row(law: Law, ranks: int, batch: int, kind: str) -> dict[str, Any]:
     parts = law.parts(ranks, images)
     time, alone = sum(parts.values()), sum(law.parts(1, batch).values())
     speed = images * ranks / time / (batch / alone)
-    return {"ranks": ranks, "seconds": time, "speed_up": speed, "efficiency": speed / ranks, "limit": max(parts, key=lambda k: parts[k])}
+    return {
+        "ranks": ranks, "seconds": time, "speed_up": speed, "efficiency": speed / ranks, "limit": max(parts, key=lambda k: parts[k]),
+        "images_per_second": images * ranks / time,
+    }  # fmt: skip
 
 
 def measured(ranks: int, size: Size, seconds: float) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def measured(ranks: int, size: Size, seconds: float) -> dict[str, Any]:
 
 
 def probe(result: Path, size: Size, seconds: float) -> None:
-    """One rank: steps of several sizes, and all-reduces alone; rank 0 writes what it took."""
+    """One rank: steps of several sizes, with their share of the latents' probes, and all-reduces alone; rank 0 writes what it took."""
     loop.keep_memory()
     with team() as ranks:
         model, config = mixture(size)
@@ -124,15 +129,19 @@ def probe(result: Path, size: Size, seconds: float) -> None:
         wrapped = ranks.wrap(model)
         adam = loop.optimizer(model, config)
         found: dict[str, Any] = {"bytes": sum(p.nbytes for p in model.parameters()), "step": {}, "reduce": {}}
-        for batch in size.batches:
-            inputs = data(batch // ranks.size, size.box, ranks)
+        for images in size.batches:
+            batch = data(images, size.box, ranks)
+            latents = Latents.of(config, model.latent, torch.randn(len(batch.rows), model.latent).to(ranks.device), 0)
+            shape = config.model_copy(update={"batch": images, "lanes": ranks.size})
 
-            def step(inputs: list[torch.Tensor] = inputs) -> None:
-                adam.zero_grad(set_to_none=True)
-                wrapped(*inputs).mean().backward()
-                adam.step()
+            def learn(batch: Batch = batch, latents: Latents = latents, shape: Training = shape) -> None:
+                latents.learn(loop.probe(model, latents.z, batch, shape, range(ranks.rank, ranks.rank + 1), (0,)), ranks)
 
-            found["step"][batch] = agreed(step, ranks, seconds)
+            def step(batch: Batch = batch, latents: Latents = latents) -> None:
+                loop.descend(model, wrapped, latents, adam, batch, latents.take(batch.rows), config, ranks.size, config.lr_z)
+
+            learn()
+            found["step"][images] = agreed(step, ranks, seconds) + agreed(learn, ranks, seconds / 4) / loop.PROBE_EVERY
         for count in PAYLOADS:
             found["reduce"][count] = agreed(Backward(ranks.wrap(Payload(count).to(ranks.device))), ranks, seconds / 4)
         if ranks.rank == 0:
@@ -184,14 +193,14 @@ def mixture(size: Size) -> tuple[Mixture, Training]:
     return model, config
 
 
-def data(images: int, box: int, ranks: Team) -> list[torch.Tensor]:
-    """Latents, rotations, shifts, transfer functions and images of a step."""
-    generator = torch.Generator().manual_seed(ranks.rank)
+def data(images: int, box: int, ranks: Team) -> Batch:
+    """This rank's share of a step of so many images."""
+    generator, own = torch.Generator().manual_seed(ranks.rank), images // ranks.size
     made = (
-        torch.randn(images, 4, generator=generator), random_rotations(images, generator).float(), torch.zeros(images, 2),
-        torch.ones(images, box, box // 2 + 1), torch.randn(images, box, box, generator=generator),
+        torch.arange(own), torch.randn(own, box, box, generator=generator), random_rotations(own, generator).float(), torch.zeros(own, 2),
+        torch.ones(own, box, box // 2 + 1),
     )  # fmt: skip
-    return [t.to(ranks.device) for t in made]
+    return Batch(*made, images).to(ranks.device)
 
 
 def show(result: dict[str, Any], size: Size, law: Law) -> None:
@@ -209,6 +218,7 @@ def show(result: dict[str, Any], size: Size, law: Law) -> None:
         print(f"{words}:")
         for r in result["predicted"][kind]:
             took = f"{1e3 * r['seconds']:9.2f} ms  speed-up {r['speed_up']:6.1f}  efficiency {r['efficiency']:4.0%}"
+            took += f"  reads {2e-6 * size.box**2 * r['images_per_second']:7,.0f} MB/s"  # half precision; what memory does not hold
             print(f"  {r['ranks']:3d} ranks {took}  most of it: {r['limit']}")
 
 

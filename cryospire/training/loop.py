@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cryospire import kernels
 from cryospire.config import Train, Training, section
@@ -168,15 +168,8 @@ def fit(
                 zb = latents.take(batch.rows)
                 if step % PROBE_EVERY == 0:
                     latents.learn(probe(model, zb, batch, config, lanes, (seed, epoch, step)), team)
-                energy = likelihood(*seen(model, zb, batch))
-                weight = team.size / batch.total  # DDP averages over ranks: this makes it the mean over the global batch
-                loss = energy.sum() * weight + prior(model, config)
-                adam.zero_grad(set_to_none=True)
-                loss.backward()
-                adam.step()
-                running += energy.detach().sum() + (latents.precision * zb.detach().square()).sum() / 2
-                gradient = zb.grad / weight if zb.grad is not None else torch.zeros_like(zb)
-                latents.step(batch.rows, gradient, config.lr_z * (factor if settling else 1))
+                rate = config.lr_z * (factor if settling else 1)
+                running += descend(model, likelihood, latents, adam, batch, zb, config, team.size, rate)
                 progress.advance(batch.total, f"epoch {epoch + 1}/{config.epochs}")
                 together += 1
                 if together >= pace:
@@ -233,6 +226,32 @@ def fit(
             change = columns[few, latent:]
             data.rotation[few], data.shift[few] = corrected(data.rotation[few], data.shift[few], change, model.box, model.pixel_size)
     return columns[:, :latent], history
+
+
+def descend(
+    model: Mixture,
+    likelihood: nn.Module,
+    latents: Latents,
+    adam: torch.optim.Optimizer,
+    batch: Batch,
+    z: Tensor,
+    config: Training,
+    ranks: int,
+    rate: float,
+) -> Tensor:
+    """One step of the model and of the latents ``z`` of this rank's images, by ``rate``; ``likelihood`` is the model as ranks share it.
+
+    Returns the negative log posterior of the images before the step, summed.
+    """
+    energy = likelihood(*seen(model, z, batch))
+    weight = ranks / batch.total  # DDP averages over ranks: this makes it the mean over the global batch
+    loss = energy.sum() * weight + prior(model, config)
+    adam.zero_grad(set_to_none=True)
+    loss.backward()
+    adam.step()
+    gradient = z.grad / weight if z.grad is not None else torch.zeros_like(z)
+    latents.step(batch.rows, gradient, rate)
+    return energy.detach().sum() + (latents.precision * z.detach().square()).sum() / 2
 
 
 def seen(model: Mixture, z: Tensor, batch: Batch) -> list[Tensor]:
