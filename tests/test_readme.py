@@ -60,6 +60,11 @@ def test_make_targets_exist(line: str) -> None:
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("line", re.findall(r"^snakemake .*$", (ROOT / "workflow/benchmark/README.md").read_text(), re.MULTILINE))
+def test_the_benchmark_s_commands_plan_a_run(line: str) -> None:
+    assert "simulate" in call(BIN / "snakemake", *shlex.split(line)[1:], "--dry-run")
+
+
 def test_no_other_commands() -> None:
     assert {c.split()[0] for c in COMMANDS} == {"make", "source", "cryospire", "snakemake"}
 
