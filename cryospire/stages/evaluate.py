@@ -24,6 +24,7 @@ from cryospire.io import mrc, stores
 from cryospire.kernels.insertion import insert
 from cryospire.log import Progress, say
 from cryospire.maths import fourier, insertion, metrics, recovery
+from cryospire.maths.poses import angle_between
 from cryospire.stages import evaluate_figure, evaluate_model
 from cryospire.stages.detail import Details, part_of_gaussians
 from cryospire.stages.evaluate_model import Poses, Segmentation
@@ -95,7 +96,15 @@ def run(
             refined = Particles(group)
             refined.take_poses(trained(paths[name]))
             now, before = Poses(refined.rotation, refined.shift), Poses(data.rotation, data.shift)
-            result["models"][name]["poses"] = evaluate_model.judge_poses(now, before, known.poses)
+            rotation, translation = evaluate_model.frames(now, known.poses, known.label)
+            mixture = found[name][0]
+            means = recovery.group_means(z, known.label, len(known.volumes))
+            undone = score(render_states(mixture, means, (rotation, translation)), known, data.pixel_size)
+            turns = angle_between(torch.eye(3, dtype=rotation.dtype), rotation)
+            result["models"][name]["poses"] = evaluate_model.judge_poses(now, before, known.poses) | {
+                "frames_turn": float((turns.square().mean() / 3).sqrt()),
+                "auc": undone["auc"]["mean"], "difference": undone["difference"]["mean"],
+            }  # fmt: skip
         result["models"][name]["latents"] |= evaluate_model.judge_neighbours(z, known.label, apart)
     if known.segmentation is not None:
         for name, path in {"stage 1": model.parent / "parts.zarr", "stage 2": model}.items():
@@ -153,12 +162,15 @@ def methods(
             yield "stage 2 + images", volumes + torch.stack([torch.from_numpy(details.at(z)) for z in means])
 
 
-def render_states(mixture: Mixture, latents: Tensor) -> Tensor:
-    """Volumes (S, z, y, x) at latents (S, D)."""
+def render_states(mixture: Mixture, latents: Tensor, frames: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Volumes (S, z, y, x) at latents (S, D); ``frames``: rotations (S, 3, 3) and translations (S, 3) Å of each."""
     volumes = []
-    for z in latents:
+    for k, z in enumerate(latents):
         centre, amplitude, scale = mixture.forward_gaussians(z[None])
-        volumes.append(kernels.render_volume(centre[0], amplitude[0], scale, mixture.box, mixture.pixel_size))
+        place = centre[0]
+        if frames is not None:
+            place = (place.double() @ frames[0][k].T + frames[1][k]).to(place)
+        volumes.append(kernels.render_volume(place, amplitude[0], scale, mixture.box, mixture.pixel_size))
     return torch.stack(volumes)
 
 

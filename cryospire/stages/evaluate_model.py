@@ -22,6 +22,7 @@ NEAR = 2.0  # pixels within which a Gaussian belongs to the nearest atom
 LIGHT = 0.05  # Gaussians of less than this fraction of the median mass are not counted
 SAMPLE = 4096  # particles whose occupancies are looked at
 POINTS = 2000  # particles whose neighbours are looked at
+WHOLE = 0.5  # degrees by which whole states are turned, from which on it is told what undoing that gives
 RADII = (0.01, 0.05, 0.2)  # neighbourhoods, in shares of these particles: CryoBench's range
 
 
@@ -127,6 +128,23 @@ def judge_poses(found: Poses, given: Poses, truth: Poses) -> dict[str, float]:
     for name, poses in (("shift", found), ("given_shift", given)):
         result[name] = float((poses.shift - truth.shift).square().mean().sqrt())
     return result
+
+
+def frames(found: Poses, truth: Poses, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotations (S, 3, 3) and translations (S, 3) Å that take what is seen at the poses found into the frame of the truth, state by state.
+
+    Poses of a consensus follow what moves: turned alike in all images of a state, they turn its volume, and no image tells of that.
+    The rotation is the mean one (Moakher 2002), the translation that of least squares.
+    """
+    rotations, translations = [], []
+    for k in range(int(label.max()) + 1):
+        mine = label == k
+        true, other = truth.rotation[mine].double(), found.rotation[mine].double()
+        u, _, v = torch.linalg.svd((true.transpose(1, 2) @ other).mean(0))
+        rotations.append(u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v))], dtype=u.dtype)) @ v)
+        off = (found.shift - truth.shift)[mine].double()
+        translations.append(torch.linalg.lstsq(true[:, :2].reshape(-1, 3), off.reshape(-1, 1)).solution[:, 0])
+    return torch.stack(rotations), torch.stack(translations)
 
 
 def judge_neighbours(latents: Tensor, label: Tensor, apart: Tensor) -> dict[str, Any]:
@@ -249,7 +267,9 @@ def sentence(name: str, values: dict[str, Any]) -> str:
     if "poses" in values:
         p = values["poses"]
         text += f"; poses wrong by {p['turn']:.1f} degrees about an axis and {p['shift']:.1f} Å along one"
-        text += f" (given: {p['given_turn']:.1f} and {p['given_shift']:.1f})"
+        text += f" (given: {p['given_turn']:.1f} and {p['given_shift']:.1f}), of which {p['frames_turn']:.1f} degrees turn whole states"
+        if p["frames_turn"] > WHOLE:
+            text += f"; with that undone AUC {p['auc']:.3f}, difference {p['difference']:.3f}"
     if "parts" in values:
         p = values["parts"]
         text += f"; {p['found']} parts for {p['true']}, adjusted Rand index {p['adjusted_rand_index']:.2f}"

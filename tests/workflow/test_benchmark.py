@@ -122,7 +122,7 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
         own = entry | {"per_image": {"auc": {"mean": area - 0.02}, "difference": {"mean": area - 0.12}}}
         near = {"neighbours": {"similarity": [0.8, 0.6]}, "imbalance": {"latent_to_truth": 0.1, "truth_to_latent": 0.2}}
         found = {"motion": [{"error": 1.0, "centre_error": 2.0}, {"error": 3.0, "centre_error": 6.0}], "occupancy": [{"auc": 0.9}]}
-        found |= {"poses": {"turn": 1.25, "shift": 0.5, "given_turn": 2.0, "given_shift": 3.0}}
+        found |= {"poses": {"turn": 1.25, "shift": 0.5, "frames_turn": 0.75, "auc": 0.48, "difference": 0.47}}
         model = found | {"latents": near | {"main_lump": {"mean": 1.0}, "leakage": {"pose": 0.02, "defocus": 0.03}}}
         file.write_text(json.dumps({"methods": {"consensus": entry, "stage 2": own}, "models": {"stage 2": model}}))
         files.append(file)
@@ -139,7 +139,8 @@ def test_table_has_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     assert list(got.values()) == ["0.4000", "0.3000", "0.8000", "0.1000", "0.2000"] and rows["consensus"]["per_image"] == ""
     own = rows["stage 2, base"]
     assert [own[name] for name in ("turn_error", "centre_error", "occupancy_auc", "leakage")] == ["2.0000", "4.0000", "0.9000", "0.0300"]
-    assert [own["pose_turn"], own["pose_shift"]] == ["1.2500", "0.5000"]
+    names = ("pose_turn", "pose_shift", "frames_turn", "auc_in_frames", "difference_in_frames")
+    assert [own[name] for name in names] == ["1.2500", "0.5000", "0.7500", "0.4800", "0.4700"]
     assert "0.3200 (0.0200)" in (tmp_path / "table.md").read_text() and (tmp_path / "table.png").exists()
 
 

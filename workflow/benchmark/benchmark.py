@@ -32,7 +32,7 @@ COLUMNS = ("auc", "unmasked", "difference")
 NAMES = [
     *COLUMNS, "states_sd", "per_image", "per_image_difference", "between_over_within", "main_lump", "neighbours", "imbalance",
     "imbalance_back", "parts_ari", "turn_error", "centre_error", "occupancy_auc", "leakage",
-    "pose_turn", "pose_shift",
+    "pose_turn", "pose_shift", "frames_turn", "auc_in_frames", "difference_in_frames",
 ]  # fmt: skip
 
 
@@ -161,7 +161,9 @@ def numbers(method: dict[str, Any], model: dict[str, Any]) -> dict[str, float]:
     if "leakage" in latents:
         row["leakage"] = max(latents["leakage"].values())
     if "poses" in model:  # degrees about an axis and Å along one
-        row |= {"pose_turn": model["poses"]["turn"], "pose_shift": model["poses"]["shift"]}
+        p = model["poses"]
+        row |= {"pose_turn": p["turn"], "pose_shift": p["shift"], "frames_turn": p["frames_turn"]}
+        row |= {"auc_in_frames": p["auc"], "difference_in_frames": p["difference"]}
     return row
 
 
