@@ -25,7 +25,7 @@ def site_of(name):
     """The settings of a site: of a file in this folder, else of the one beside the Snakefile.  Profiles find it, and their scripts, by
     the environment."""
     path = Path(name) if Path(name).exists() else Path(workflow.basedir) / name
-    os.environ |= {"CRYOSPIRE_SITE": str(path.absolute()), "CRYOSPIRE_CLUSTER": str(CLUSTER), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    os.environ |= {"CRYOSPIRE_SITE": str(path.absolute()), "CRYOSPIRE_CLUSTER": str(CLUSTER), "CRYOSPIRE_PYTHON": sys.executable}
     return site_settings.load(path)
 
 
