@@ -6,6 +6,7 @@ It keeps accounts, as sites do, where slurmdbd and MariaDB are installed.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ BIN = Path(sys.executable).parent
 
 SLURM_CONF = """
 ClusterName=ci
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
@@ -143,6 +145,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     accounting = all(shutil.which(p, path="/usr/bin:/usr/sbin") for p in ("slurmdbd", "mariadbd", "my_print_defaults"))
     (base / "slurm.conf").write_text(
         SLURM_CONF.format(
+            # As in life, no job has the id of an older one: MPICH names shared memory by it, and what a killed rank leaves would be found.
+            first=1000 * random.randrange(1, 60_000),
             host=socket.gethostname().split(".")[0], base=base, port=port, port1=port1, port2=port2, port_accounting=port_accounting,
             accounting="slurmdbd" if accounting else "none", gather="linux" if accounting else "none",
             tres="AccountingStorageTRES=gres/gpu" if accounting else "",
