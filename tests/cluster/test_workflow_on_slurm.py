@@ -29,8 +29,8 @@ CONFIG = {
     "analyse": {"states": 2, "steps": 2, "trajectories": 1, "umap": False},
 }
 SITE = {
-    "partition": "debug", "gpus_per_node": 1, "ranks": 2, "ranks_per_node": 1, "mpi_ranks": 2, "dask_workers": 2, "dask_nodes": 2,
-    "cpus_per_task": 1, "max_mem_mb": 7000, "signal_seconds": 0,
+    "partition": "debug", "gpus_per_node": 1, "ranks": 2, "ranks_per_node": 1, "mpi_ranks": 2, "mpi_nodes": 2, "dask_workers": 2,
+    "dask_nodes": 2, "cpus_per_task": 1, "max_mem_mb": 7000, "signal_seconds": 0,
 }  # fmt: skip
 
 SNAKEMAKE = f"snakemake -s {ROOT}/Snakefile --configfile config.yaml --seconds-between-status-checks 1"
@@ -67,7 +67,7 @@ def test_every_store_is_complete(run: Path) -> None:
 def test_stages_ran_on_two_nodes(run: Path) -> None:
     assert "2 rank(s)" in (run / "results/logs/train.log").read_text()
     for stage in ("reconstruct", "assemble"):
-        assert "2 ranks on node" in (run / f"results/logs/{stage}.log").read_text()
+        assert "2 ranks on node1, node2" in (run / f"results/logs/{stage}.log").read_text()
     log = (run / "results/logs/preprocess.log").read_text()
     assert "dask worker on node1" in log and "dask worker on node2" in log
 
