@@ -45,7 +45,11 @@ class Site(Section):
     max_mem_mb: int = Field(0, ge=0, description="the largest memory of a node; 0: no bound")
     max_runtime: int = Field(1440, ge=1, description="the longest job, minutes")
 
-    mpi: str = Field("srun -K1 --mpi=pmi2", description="starts MPI ranks inside a job; -K1: all end when one dies; or mpiexec")
+    mpi: str = Field(
+        # MPICH's UCX transport tells the other ranks 4 KB of which most is what its stack held; now and then that does not fit in a line of SLURM's pmi2, and the job fails.
+        "srun -K1 --mpi=pmi2 --export=ALL,MPIR_CVAR_CH4_NETMOD=ofi",
+        description="starts MPI ranks inside a job; -K1: all end when one dies; the variable: MPICH's transport libfabric; or mpiexec",
+    )
     srun_flags: str = Field("", description="flags of the srun that starts a training's ranks")
     prologue: list[str] = Field([], description="shell lines at the start of a job: module load ..., source ...")
     container: str = Field("", description="prefix of every command, as 'apptainer exec --nv cryospire.sif'")
