@@ -46,7 +46,8 @@ class Site(Section):
     max_runtime: int = Field(1440, ge=1, description="the longest job, minutes")
 
     mpi: str = Field(
-        # MPICH's UCX transport tells the other ranks 4 KB of which most is what its stack held; now and then that does not fit in a line of SLURM's pmi2, and the job fails.
+        # MPICH's UCX transport tells the other ranks 4 KB, most of it what its memory held before: now and then that does not fit in a
+        # line of SLURM's pmi2, and the job fails.
         "srun -K1 --mpi=pmi2 --export=ALL,MPIR_CVAR_CH4_NETMOD=ofi",
         description="starts MPI ranks inside a job; -K1: all end when one dies; the variable: MPICH's transport libfabric; or mpiexec",
     )

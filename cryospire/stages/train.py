@@ -13,18 +13,20 @@ from cryospire.config import Config, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import say
+from cryospire.maths.poses import angle_between
 from cryospire.stages import discover
 from cryospire.training import checkpoint
 from cryospire.training.data import Particles
 from cryospire.training.distributed import seed_everything, team
 from cryospire.training.latents import POSE_SD
 from cryospire.training.loop import fit, start_threads
-from cryospire.training.model import Mixture, load
+from cryospire.training.model import CHUNK, SAMPLE, Mixture, load
 
 WARM_STEPS, WARM_LR = 2000, 5e-3  # of fitting anchors to the motion of parts, without images
 WARM_SAMPLE = 512  # Gaussians whose occupancy is fitted in a step: all of a part are alike
 PRESENT = 0.95  # occupancy of what is there
 WORSE = 0.1  # of what stage 1 has gained after its first epoch; less is overfitting, of which stage 1 does more
+RARE = 0.02  # of the particles, which may lack the part that is held still
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 # One of so many takes density away from the start: a density of limited resolution is negative beside its peaks, and in training
 # hardly a Gaussian changes its sign.
@@ -59,6 +61,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
             prepare=lambda: warm_start(model, division, parent, z), pose_sd=pose_sd,
         )  # fmt: skip
         if latents is not None:
+            hold_still(model, torch.from_numpy(stores.read(division, "anchors/part")).long()[model.anchor], latents, data)
             group = stores.create(
                 output,
                 "model",
@@ -91,6 +94,27 @@ def begin(z: Tensor, data: Particles, found: Any, refine: bool) -> tuple[Tensor,
         return z, learnt
     data.rotation, data.shift = given
     return torch.cat([z, change], 1), learnt if learnt[0] else POSE_SD
+
+
+@torch.no_grad()
+def hold_still(model: Mixture, part: Tensor, latents: Tensor, data: Particles) -> None:
+    """Tell all in the frame of the heaviest part (G,), if it is always there; ``data`` gets the poses that go with it.
+
+    Images tell how parts move against each other, but not how the whole does, which is taken for poses; and poses of a consensus follow
+    what moves a little.
+    """
+    some = latents[:: max(1, len(latents) // SAMPLE)].split(CHUNK)
+    there = torch.cat([model.gaussians(z)[1].abs() * model.scale**3 for z in some])
+    mass = torch.zeros(len(there), int(part.max()) + 1).index_add_(1, part, there)
+    body = int(mass.mean(0).argmax())
+    if float(mass[:, body].quantile(RARE)) < mass[:, body].mean() / 2:
+        say(f"train: part {body + 1}, the heaviest, is not always there: the frame is that of the poses")
+        return
+    before = data.rotation, data.shift
+    data.rotation, data.shift = model.hold(part == body, latents, *before)
+    turned = angle_between(before[0].double(), data.rotation.double()).square().mean().sqrt()
+    moved = (data.shift - before[1]).square().mean().sqrt()
+    say(f"train: part {body + 1} is held still; poses take up its turns of {float(turned):.1f}° and its ways of {float(moved):.1f} Å (rms)")
 
 
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:

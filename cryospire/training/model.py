@@ -18,11 +18,14 @@ from cryospire.io import stores
 from cryospire.maths.losses import residual_energy
 from cryospire.maths.poses import frames
 from cryospire.maths.projection import peak_weight
+from cryospire.maths.rigid import motion
 from cryospire.training.heads import head, mlp
 
 STRENGTH_SD = 0.2  # standard deviation, over images, of how strongly they show the particle
 OCCUPANCY_BIAS = 2.0  # occupancies start at sigmoid(2) = 0.88: present, and free to vanish
 FOURIER_BANDS = 4  # octaves of the positional encoding (ablation)
+CHUNK, SAMPLE = 128, 1024  # latents at once, and of which a mean is taken
+FAINT = 1e-6  # occupancy below which a body is held as if it had this
 
 
 class Mixture(nn.Module):
@@ -30,6 +33,7 @@ class Mixture(nn.Module):
 
     Without anchors (stage 1): ``c_i(z) = c_i + MLP([z, f_i])``.  With anchors (stage 2): Gaussians come sorted by anchor,
     ``c_i(z) = c̄_a + t_a + R_a (c_i - c̄_a) + MLP([z, f_i])`` and ``f_i = f̄_a + df_i``.  ``m_i(z) = m_i sigmoid(MLP([z, f_i]))``.
+    Once a body is held (``hold``), all of it is told in the frame of that body.
     """
 
     def __init__(
@@ -67,6 +71,11 @@ class Mixture(nn.Module):
         }
         self.flex = head(outputs=3, **sizes)
         self.occupancy = head(outputs=1, **sizes)
+        self.held = False
+        self.body: Tensor  # (G,), the Gaussians that are held, and where, pixels (3, G)
+        self.home: Tensor
+        self.register_buffer("body", torch.zeros(gaussians, dtype=torch.bool))
+        self.register_buffer("home", torch.zeros(3, gaussians))
         self.anchor_motion: nn.Module | None = None
         self.anchor_centre: Tensor
         self.anchor_feature: Tensor
@@ -115,7 +124,35 @@ class Mixture(nn.Module):
         """Centres (B, 3, G) in pixels and amplitudes (B, G) for latents (B, D)."""
         f = self.features
         centre = self.rigid(z) + self.flex(z, f) * (self.unit / self.pixel_size)
-        return centre, self.occupancies(z, f) * (self.relative_amplitude * self.amplitude_unit)
+        amplitude = self.occupancies(z, f) * (self.relative_amplitude * self.amplitude_unit)
+        if self.held:
+            turn, way = self.turned(centre, amplitude)
+            centre = turn.mT @ (centre - way[:, :, None])
+        return centre, amplitude
+
+    def turned(self, centre: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor]:
+        """How the body has moved from ``home``, where Gaussians are at ``centre`` (B, 3, G) with ``amplitude`` (B, G): rotations
+        (B, 3, 3) and translations (B, 3) in pixels, of least squares weighted by mass."""
+        mass = (amplitude.abs() + FAINT * self.amplitude_unit) * self.scale**3
+        home = self.home.T[self.body].expand(len(centre), -1, -1)
+        return motion(home, centre[:, :, self.body].mT, mass[:, self.body])
+
+    @torch.no_grad()
+    def hold(self, body: Tensor, z: Tensor, rotation: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell all in the frame of a body, of Gaussians ``body`` (G,; boolean): it stays where it is on average at latents z (N, D).
+
+        How it moves goes into the poses ``rotation`` (N, 3, 3) and ``shift`` (N, 2) Å, which are returned: projections stay the same.
+        """
+        some = z[:: max(1, len(z) // SAMPLE)].split(CHUNK)
+        self.body, self.held = body.to(z.device), False
+        self.home = torch.cat([self.gaussians(few)[0] for few in some]).mean(0)
+        rotation, shift = rotation.clone(), shift.clone()
+        for rows in torch.arange(len(z)).split(CHUNK):
+            turn, way = self.turned(*self.gaussians(z[rows]))
+            shift[rows] += (rotation[rows, :2] @ way[:, :, None])[:, :, 0] * self.pixel_size
+            rotation[rows] @= turn
+        self.held = True
+        return rotation, shift
 
     @torch.no_grad()
     def forward_gaussians(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,6 +242,7 @@ def load(path: Path) -> Mixture:
             raise InputError(f"{path}: networks/{name} {words}: written by another version of cryospire; run its stage again")
         state[name] = found
     model.load_state_dict(state)
+    model.held = bool(model.body.any())
     return model.eval().requires_grad_(False)
 
 
