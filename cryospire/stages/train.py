@@ -61,7 +61,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
             prepare=lambda: warm_start(model, division, parent, z), pose_sd=pose_sd,
         )  # fmt: skip
         if latents is not None:
-            hold_still(model, torch.from_numpy(stores.read(division, "anchors/part")).long()[model.anchor], latents, data)
+            held = hold_still(model, torch.from_numpy(stores.read(division, "anchors/part")).long()[model.anchor], latents, data)
             group = stores.create(
                 output,
                 "model",
@@ -72,6 +72,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
                 box=data.box,
                 force=force,
             )
+            group.attrs["held_part"] = held
             stores.put(group, "anchors/part", stores.read(division, "anchors/part"), ("anchor",), "part of the anchor")
             discover.write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)
@@ -97,8 +98,8 @@ def begin(z: Tensor, data: Particles, found: Any, refine: bool) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def hold_still(model: Mixture, part: Tensor, latents: Tensor, data: Particles) -> None:
-    """Tell all in the frame of the heaviest part (G,), if it is always there; ``data`` gets the poses that go with it.
+def hold_still(model: Mixture, part: Tensor, latents: Tensor, data: Particles) -> int | None:
+    """Tell all in the frame of the heaviest part (G,), if it is always there; ``data`` gets the poses that go with it.  Returns which.
 
     Images tell how parts move against each other, but not how the whole does, which is taken for poses; and poses of a consensus follow
     what moves a little.
@@ -109,12 +110,13 @@ def hold_still(model: Mixture, part: Tensor, latents: Tensor, data: Particles) -
     body = int(mass.mean(0).argmax())
     if float(mass[:, body].quantile(RARE)) < mass[:, body].mean() / 2:
         say(f"train: part {body + 1}, the heaviest, is not always there: the frame is that of the poses")
-        return
+        return None
     before = data.rotation, data.shift
     data.rotation, data.shift = model.hold(part == body, latents, *before)
     turned = angle_between(before[0].double(), data.rotation.double()).square().mean().sqrt()
     moved = (data.shift - before[1]).square().mean().sqrt()
     say(f"train: part {body + 1} is held still; poses take up its turns of {float(turned):.1f}° and its ways of {float(moved):.1f} Å (rms)")
+    return body
 
 
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:

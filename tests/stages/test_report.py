@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from cryospire.config import Config
 from cryospire.conventions import InputError
+from cryospire.io import stores
 from cryospire.stages import report, report_page, report_sections, summary
 
 VOID = {"meta", "img", "input", "br"}
@@ -70,6 +72,13 @@ def test_whole_page(run_folder: Path) -> None:
 def test_errors_of_poses_are_told(run_folder: Path) -> None:
     assert "The given poses are wrong by about 1.7° about an axis and 2.7 Å along one" in section(html(run_folder), "Training")
     assert any(line.startswith("poses       corrected; the given ones were wrong by about 1.7°") for line in summary.lines(run_folder))
+
+
+def test_the_frame_of_volumes_is_told(run_folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    for held, words in ((None, "in the frame of the poses"), (1, "Part 2, the heaviest, is held still")):
+        stores.writable(run / "model.zarr").attrs["held_part"] = held
+        assert words in section(html(run), "States")
 
 
 def test_empty_run_names_what_is_missing(tmp_path: Path) -> None:
