@@ -165,7 +165,7 @@ def states(results: Results) -> str:
     names = [f"{k}: {weight[k]:.0%}" for k in range(count)]
     more = f" The {count} largest are shown." if len(weight) > count else ""
     held = results.store("model").attrs.get("held_part")
-    frame = "All are seen in the frame of the poses." if held is None else f"Part {held + 1}, the heaviest, is held still in all of them."
+    frame = "They are in the frame of the poses." if held is None else f"Part {held + 1}, which moves least, is held still in all."
     said = f"State 0 is the largest; each volume is that of the particle nearest to the middle of its state.{more} {frame}"
     grid = page.image(figures.state_grid(volumes, pixel, names), "Projections along z (above) and central slices (below), one grey scale.")
     bars = page.curve(figures.populations(weight), "Share of the particles in each state (k-means on latents).")

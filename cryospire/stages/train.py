@@ -14,6 +14,7 @@ from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.log import say
 from cryospire.maths.poses import angle_between
+from cryospire.maths.rigid import motion
 from cryospire.stages import discover
 from cryospire.training import checkpoint
 from cryospire.training.data import Particles
@@ -27,6 +28,7 @@ WARM_SAMPLE = 512  # Gaussians whose occupancy is fitted in a step: all of a par
 PRESENT = 0.95  # occupancy of what is there
 WORSE = 0.1  # of what stage 1 has gained after its first epoch; less is overfitting, of which stage 1 does more
 RARE = 0.02  # of the particles, which may lack the part that is held still
+RESTS = 0.2  # of the radius of gyration: how far (rms) the whole may move with a part that rests; by a turn of 11 degrees
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 # One of so many takes density away from the start: a density of limited resolution is negative beside its peaks, and in training
 # hardly a Gaussian changes its sign.
@@ -99,17 +101,26 @@ def begin(z: Tensor, data: Particles, found: Any, refine: bool) -> tuple[Tensor,
 
 @torch.no_grad()
 def hold_still(model: Mixture, part: Tensor, latents: Tensor, data: Particles) -> int | None:
-    """Tell all in the frame of the heaviest part (G,), if it is always there; ``data`` gets the poses that go with it.  Returns which.
+    """Tell all in the frame of the part (G,) that rests; ``data`` gets the poses that go with it.  Returns which; None where none rests.
 
     Images tell how parts move against each other, but not how the whole does, which is taken for poses; and poses of a consensus follow
-    what moves a little.
+    what moves a little.  That part rests that is always there and, were the whole to move with it, would move it least.
     """
     some = latents[:: max(1, len(latents) // SAMPLE)].split(CHUNK)
-    there = torch.cat([model.gaussians(z)[1].abs() * model.scale**3 for z in some])
-    mass = torch.zeros(len(there), int(part.max()) + 1).index_add_(1, part, there)
-    body = int(mass.mean(0).argmax())
-    if float(mass[:, body].quantile(RARE)) < mass[:, body].mean() / 2:
-        say(f"train: part {body + 1}, the heaviest, is not always there: the frame is that of the poses")
+    centre, amplitude = (torch.cat(values) for values in zip(*map(model.gaussians, some), strict=True))
+    mass = amplitude.abs() * model.scale**3
+    home, weight = centre.mean(0), mass.mean(0)
+    moves: dict[int, float] = {}
+    for k in range(int(part.max()) + 1):
+        mine = part == k
+        there = mass[:, mine].sum(1)
+        if float(there.quantile(RARE)) > there.mean() / 2:
+            turn, way = motion(home.T[mine].expand(len(centre), -1, -1), centre[:, :, mine].mT, mass[:, mine])
+            moves[k] = float(((turn @ home + way[:, :, None] - home).square().sum(1).mean(0) * weight).sum())
+    size = float(((home - (home * weight).sum(1, keepdim=True) / weight.sum()).square().sum(0) * weight).sum())
+    body = min(moves, key=lambda k: moves[k], default=-1)
+    if body < 0 or moves[body] > RESTS**2 * size:
+        say("train: no part is always there and rests: volumes are in the frame of the poses")
         return None
     before = data.rotation, data.shift
     data.rotation, data.shift = model.hold(part == body, latents, *before)

@@ -95,4 +95,4 @@ def test_a_frame_that_follows_the_state_is_set_right(
     if always:
         assert float(between) < 1 and float((ways[0] - ways[1]).norm()) < 0.2 * PIXEL and "part 1 is held still" in told
     else:
-        assert float(between) == pytest.approx(8, abs=0.1) and "not always there" in told
+        assert float(between) == pytest.approx(8, abs=0.1) and "no part is always there and rests" in told
