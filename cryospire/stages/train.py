@@ -21,7 +21,7 @@ from cryospire.training.data import Particles
 from cryospire.training.distributed import seed_everything, team
 from cryospire.training.latents import POSE_SD
 from cryospire.training.loop import fit, start_threads
-from cryospire.training.model import CHUNK, SAMPLE, Mixture, load
+from cryospire.training.model import Mixture, load, sample
 
 WARM_STEPS, WARM_LR = 2000, 5e-3  # of fitting anchors to the motion of parts, without images
 WARM_SAMPLE = 512  # Gaussians whose occupancy is fitted in a step: all of a part are alike
@@ -106,8 +106,7 @@ def hold_still(model: Mixture, part: Tensor, latents: Tensor, data: Particles) -
     Images tell how parts move against each other, but not how the whole does, which is taken for poses; and poses of a consensus follow
     what moves a little.  That part rests that is always there and, were the whole to move with it, would move it least.
     """
-    some = latents[:: max(1, len(latents) // SAMPLE)].split(CHUNK)
-    centre, amplitude = (torch.cat(values) for values in zip(*map(model.gaussians, some), strict=True))
+    centre, amplitude = (torch.cat(values) for values in zip(*map(model.gaussians, sample(latents)), strict=True))
     mass = amplitude.abs() * model.scale**3
     home, weight = centre.mean(0), mass.mean(0)
     moves: dict[int, float] = {}

@@ -15,6 +15,7 @@ from cryospire import kernels
 from cryospire.config import Train, Training
 from cryospire.conventions import InputError
 from cryospire.io import stores
+from cryospire.log import Progress
 from cryospire.maths.losses import residual_energy
 from cryospire.maths.poses import frames
 from cryospire.maths.projection import peak_weight
@@ -25,7 +26,6 @@ STRENGTH_SD = 0.2  # standard deviation, over images, of how strongly they show 
 OCCUPANCY_BIAS = 2.0  # occupancies start at sigmoid(2) = 0.88: present, and free to vanish
 FOURIER_BANDS = 4  # octaves of the positional encoding (ablation)
 CHUNK, SAMPLE = 128, 1024  # latents at once, and of which a mean is taken
-FAINT = 1e-6  # occupancy below which a body is held as if it had this
 
 
 class Mixture(nn.Module):
@@ -72,9 +72,9 @@ class Mixture(nn.Module):
         self.flex = head(outputs=3, **sizes)
         self.occupancy = head(outputs=1, **sizes)
         self.held = False
-        self.body: Tensor  # (G,), the Gaussians that are held, and where, pixels (3, G)
+        self.body: Tensor  # (G,), mass of the Gaussians that are held, and where, pixels (3, G)
         self.home: Tensor
-        self.register_buffer("body", torch.zeros(gaussians, dtype=torch.bool))
+        self.register_buffer("body", torch.zeros(gaussians))
         self.register_buffer("home", torch.zeros(3, gaussians))
         self.anchor_motion: nn.Module | None = None
         self.anchor_centre: Tensor
@@ -124,18 +124,17 @@ class Mixture(nn.Module):
         """Centres (B, 3, G) in pixels and amplitudes (B, G) for latents (B, D)."""
         f = self.features
         centre = self.rigid(z) + self.flex(z, f) * (self.unit / self.pixel_size)
-        amplitude = self.occupancies(z, f) * (self.relative_amplitude * self.amplitude_unit)
         if self.held:
-            turn, way = self.turned(centre, amplitude)
+            turn, way = self.turned(centre)
             centre = turn.mT @ (centre - way[:, :, None])
-        return centre, amplitude
+        return centre, self.occupancies(z, f) * (self.relative_amplitude * self.amplitude_unit)
 
-    def turned(self, centre: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor]:
-        """How the body has moved from ``home``, where Gaussians are at ``centre`` (B, 3, G) with ``amplitude`` (B, G): rotations
-        (B, 3, 3) and translations (B, 3) in pixels, of least squares weighted by mass."""
-        mass = (amplitude.abs() + FAINT * self.amplitude_unit) * self.scale**3
-        home = self.home.T[self.body].expand(len(centre), -1, -1)
-        return motion(home, centre[:, :, self.body].mT, mass[:, self.body])
+    def turned(self, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """How the body has moved from ``home`` where Gaussians are at ``centre`` (B, 3, G), pixels: rotations (B, 3, 3) and translations
+        (B, 3), of least squares weighted by mass."""
+        mine = self.body > 0
+        home = self.home.T[mine].expand(len(centre), -1, -1)
+        return motion(home, centre[:, :, mine].mT, self.body[mine].expand(len(centre), -1))
 
     @torch.no_grad()
     def hold(self, body: Tensor, z: Tensor, rotation: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,14 +142,16 @@ class Mixture(nn.Module):
 
         How it moves goes into the poses ``rotation`` (N, 3, 3) and ``shift`` (N, 2) Å, which are returned: projections stay the same.
         """
-        some = z[:: max(1, len(z) // SAMPLE)].split(CHUNK)
-        self.body, self.held = body.to(z.device), False
-        self.home = torch.cat([self.gaussians(few)[0] for few in some]).mean(0)
+        self.held = False
+        self.body = body * self.relative_amplitude.abs() * self.scale**3
+        self.home = torch.cat([self.gaussians(few)[0] for few in sample(z)]).mean(0)
         rotation, shift = rotation.clone(), shift.clone()
-        for rows in torch.arange(len(z)).split(CHUNK):
-            turn, way = self.turned(*self.gaussians(z[rows]))
-            shift[rows] += (rotation[rows, :2] @ way[:, :, None])[:, :, 0] * self.pixel_size
-            rotation[rows] @= turn
+        with Progress("poses", len(z)) as progress:
+            for rows in torch.arange(len(z)).split(CHUNK):
+                turn, way = self.turned(self.gaussians(z[rows])[0])
+                shift[rows] += (rotation[rows, :2] @ way[:, :, None])[:, :, 0] * self.pixel_size
+                rotation[rows] @= turn
+                progress.advance(len(rows), "in the frame of the part that rests")
         self.held = True
         return rotation, shift
 
@@ -194,6 +195,11 @@ class Mixture(nn.Module):
             self.log_scale.copy_((scale / self.pixel_size).log())
             self.amplitude_unit.copy_(amplitude.abs().mean())
             self.relative_amplitude.copy_(amplitude / self.amplitude_unit)
+
+
+def sample(z: Tensor) -> tuple[Tensor, ...]:
+    """Some of many latents (N, D), a few at a time."""
+    return z[:: max(1, len(z) // SAMPLE)].split(CHUNK)
 
 
 def save(group: Any, model: Mixture) -> None:

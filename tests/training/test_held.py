@@ -49,7 +49,7 @@ def test_projections_stay_the_same_and_the_body_still(tmp_path: Path, seed: int)
     torch.testing.assert_close(same, amplitude)
     apart = [torch.cdist(x.mT, x.mT, compute_mode="donot_use_mm_for_euclid_dist") for x in (held, free)]
     torch.testing.assert_close(*apart, atol=1e-4, rtol=1e-4)
-    turn, way = model.turned(held, amplitude)
+    turn, way = model.turned(held)
     torch.testing.assert_close(turn, torch.eye(3).expand_as(turn), atol=1e-5, rtol=0)
     torch.testing.assert_close(way, torch.zeros_like(way), atol=1e-4, rtol=0)
 
