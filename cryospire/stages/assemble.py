@@ -79,7 +79,9 @@ def assemble(comm: Any, config: Config, model: Path, analysis: Path, reconstruct
         progress.record(volumes=len(mine), ranks=comm.size)
     comm.Barrier()
     if comm.rank == 0:
-        write_scene(folder, mixture, stores.open_partial(model), model, found, group, config.seed)
+        trained = stores.open_partial(model)
+        group.attrs["held_part"] = trained.attrs.get("held_part")
+        write_scene(folder, mixture, trained, model, found, group, config.seed)
         stores.finish(group)
         log.say(f"assemble   {len(states)} states, {len(lines)} trajectories of {lines.shape[1]} volumes -> {folder}")
     comm.Barrier()

@@ -164,7 +164,7 @@ def states(results: Results) -> str:
     volumes = [np.asarray(group["states"][k]) for k in range(count)]
     names = [f"{k}: {weight[k]:.0%}" for k in range(count)]
     more = f" The {count} largest are shown." if len(weight) > count else ""
-    held = results.store("model").attrs.get("held_part")
+    held = group.attrs.get("held_part")
     frame = "They are in the frame of the poses." if held is None else f"Part {held + 1}, which moves least, is held still in all."
     said = f"State 0 is the largest; each volume is that of the particle nearest to the middle of its state.{more} {frame}"
     grid = page.image(figures.state_grid(volumes, pixel, names), "Projections along z (above) and central slices (below), one grey scale.")

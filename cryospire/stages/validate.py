@@ -48,7 +48,9 @@ class Seen:
 
     @staticmethod
     def load(model: Path, latent: Tensor) -> Seen:
-        return Seen(load(model), part_of_gaussians(model), latent)
+        mixture = load(model)
+        mixture.held = False  # halves may hold different parts still; their poses are the same, but for what each refines
+        return Seen(mixture, part_of_gaussians(model), latent)
 
     @property
     def parts(self) -> int:

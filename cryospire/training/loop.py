@@ -210,12 +210,11 @@ def fit(
             say(told + (f"  pose sd {numbers['turn_sd']:.1f}°, {numbers['shift_sd']:.1f} Å" if config.refine_poses else ""))
             first_step = 0
             running.zero_()
-            if epoch + 1 < config.epochs:
-                keep(epoch + 1, 0)
-                kept = time.monotonic()
-                if team.sum(wish())[0]:
-                    say(f"{stage}: stopped by a signal; saved after epoch {epoch + 1}: run the same command to go on")
-                    raise Interrupted
+            keep(epoch + 1, 0)
+            kept = time.monotonic()
+            if epoch + 1 < config.epochs and team.sum(wish())[0]:
+                say(f"{stage}: stopped by a signal; saved after epoch {epoch + 1}: run the same command to go on")
+                raise Interrupted
     columns = team.gather(latents.z)
     model.to("cpu")
     data.to(torch.device("cpu"))

@@ -15,7 +15,6 @@ from cryospire import kernels
 from cryospire.config import Train, Training
 from cryospire.conventions import InputError
 from cryospire.io import stores
-from cryospire.log import Progress
 from cryospire.maths.losses import residual_energy
 from cryospire.maths.poses import frames
 from cryospire.maths.projection import peak_weight
@@ -25,7 +24,8 @@ from cryospire.training.heads import head, mlp
 STRENGTH_SD = 0.2  # standard deviation, over images, of how strongly they show the particle
 OCCUPANCY_BIAS = 2.0  # occupancies start at sigmoid(2) = 0.88: present, and free to vanish
 FOURIER_BANDS = 4  # octaves of the positional encoding (ablation)
-CHUNK, SAMPLE = 128, 1024  # latents at once, and of which a mean is taken
+CHUNK, SAMPLE = 128, 512  # latents at once, and of which a mean is taken
+PINS = 256  # Gaussians, at most, by which a body is held
 
 
 class Mixture(nn.Module):
@@ -72,10 +72,11 @@ class Mixture(nn.Module):
         self.flex = head(outputs=3, **sizes)
         self.occupancy = head(outputs=1, **sizes)
         self.held = False
-        self.body: Tensor  # (G,), mass of the Gaussians that are held, and where, pixels (3, G)
-        self.home: Tensor
-        self.register_buffer("body", torch.zeros(gaussians))
-        self.register_buffer("home", torch.zeros(3, gaussians))
+        self.body: Tensor  # (G,), mass of Gaussians by which a body is held, 0 of others
+        self.home: Tensor  # (3, G), pixels, where
+        if self.anchor_sizes:
+            self.register_buffer("body", torch.zeros(gaussians))
+            self.register_buffer("home", torch.zeros(3, gaussians))
         self.anchor_motion: nn.Module | None = None
         self.anchor_centre: Tensor
         self.anchor_feature: Tensor
@@ -125,35 +126,29 @@ class Mixture(nn.Module):
         f = self.features
         centre = self.rigid(z) + self.flex(z, f) * (self.unit / self.pixel_size)
         if self.held:
-            turn, way = self.turned(centre)
+            turn, way = self.turned(z)
             centre = turn.mT @ (centre - way[:, :, None])
         return centre, self.occupancies(z, f) * (self.relative_amplitude * self.amplitude_unit)
 
-    def turned(self, centre: Tensor) -> tuple[Tensor, Tensor]:
-        """How the body has moved from ``home`` where Gaussians are at ``centre`` (B, 3, G), pixels: rotations (B, 3, 3) and translations
-        (B, 3), of least squares weighted by mass."""
-        mine = self.body > 0
-        home = self.home.T[mine].expand(len(centre), -1, -1)
-        return motion(home, centre[:, :, mine].mT, self.body[mine].expand(len(centre), -1))
-
     @torch.no_grad()
-    def hold(self, body: Tensor, z: Tensor, rotation: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def hold(self, body: Tensor, z: Tensor) -> None:
         """Tell all in the frame of a body, of Gaussians ``body`` (G,; boolean): it stays where it is on average at latents z (N, D).
 
-        How it moves goes into the poses ``rotation`` (N, 3, 3) and ``shift`` (N, 2) Å, which are returned: projections stay the same.
+        Motions of the whole belong to the poses then: see ``turned``.
         """
+        mine = torch.nonzero(body)[:, 0]
+        pins = mine[torch.linspace(0, len(mine) - 1, min(PINS, len(mine))).round().long()]
         self.held = False
-        self.body = body * self.relative_amplitude.abs() * self.scale**3
+        self.body = torch.zeros_like(self.body).index_put((pins,), (self.relative_amplitude.abs() * self.scale**3)[pins])
         self.home = torch.cat([self.gaussians(few)[0] for few in sample(z)]).mean(0)
-        rotation, shift = rotation.clone(), shift.clone()
-        with Progress("poses", len(z)) as progress:
-            for rows in torch.arange(len(z)).split(CHUNK):
-                turn, way = self.turned(self.gaussians(z[rows])[0])
-                shift[rows] += (rotation[rows, :2] @ way[:, :, None])[:, :, 0] * self.pixel_size
-                rotation[rows] @= turn
-                progress.advance(len(rows), "in the frame of the part that rests")
         self.held = True
-        return rotation, shift
+
+    def turned(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """How networks move the body from ``home`` at latents z (B, D): rotations (B, 3, 3) and translations (B, 3) in pixels, of least
+        squares weighted by mass.  Seen at pose R and shift s, that is the body at home at pose ``R rotation`` and ``s + R translation``."""
+        pins = torch.nonzero(self.body)[:, 0]
+        centre = self.rigid(z)[:, :, pins] + self.flex(z, self.features[pins]) * (self.unit / self.pixel_size)
+        return motion(self.home.T[pins].expand(len(z), -1, -1), centre.mT, self.body[pins].expand(len(z), -1))
 
     @torch.no_grad()
     def forward_gaussians(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +194,7 @@ class Mixture(nn.Module):
 
 def sample(z: Tensor) -> tuple[Tensor, ...]:
     """Some of many latents (N, D), a few at a time."""
-    return z[:: max(1, len(z) // SAMPLE)].split(CHUNK)
+    return z[torch.linspace(0, len(z) - 1, min(SAMPLE, len(z)), dtype=torch.float64).round().long()].split(CHUNK)
 
 
 def save(group: Any, model: Mixture) -> None:
@@ -248,7 +243,7 @@ def load(path: Path) -> Mixture:
             raise InputError(f"{path}: networks/{name} {words}: written by another version of cryospire; run its stage again")
         state[name] = found
     model.load_state_dict(state)
-    model.held = bool(model.body.any())
+    model.held = bool(shape["anchor_sizes"]) and bool(model.body.any())
     return model.eval().requires_grad_(False)
 
 

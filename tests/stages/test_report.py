@@ -77,7 +77,7 @@ def test_errors_of_poses_are_told(run_folder: Path) -> None:
 def test_the_frame_of_volumes_is_told(run_folder: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))
     for held, words in ((None, "in the frame of the poses"), (1, "Part 2, which moves least, is held still in all")):
-        stores.writable(run / "model.zarr").attrs["held_part"] = held
+        stores.writable(run / "volumes.zarr").attrs["held_part"] = held
         assert words in section(html(run), "States")
 
 

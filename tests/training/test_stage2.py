@@ -17,7 +17,7 @@ from cryospire.stages.train import warm_start
 from cryospire.training.data import Particles
 from cryospire.training.distributed import seed_everything, team
 from cryospire.training.loop import fit
-from cryospire.training.model import Mixture
+from cryospire.training.model import Mixture, load
 
 BOX, PIXEL, COUNT, GAUSSIANS, PARTS = 24, 6.0, 1200, 128, 4
 ENERGY = 160.0  # of an image; its noise has variance 1 in every pixel
@@ -96,4 +96,7 @@ def test_a_training_that_undoes_stage_1_says_so(
     discover.run(config, particles=particles, consensus=tmp_path / "consensus.zarr", output=found)
     parts.run(config, particles=particles, discovery=found, output=division)
     train.run(config, particles=particles, discovery=found, parts=division, output=tmp_path / "model.zarr")
-    assert ("WARNING: the images are explained worse than by stage 1" in capsys.readouterr().err) == warned
+    told = capsys.readouterr().err
+    assert ("WARNING: the images are explained worse than by stage 1" in told) == warned
+    held = stores.open_store(tmp_path / "model.zarr", "model").attrs["held_part"]
+    assert load(tmp_path / "model.zarr").held == (held is not None) == ("is held still" in told)
