@@ -132,6 +132,14 @@ def test_a_checkpoint_of_the_last_step_of_an_epoch_goes_on(particles: Path, tmp_
     assert whole[2]["loss"] == pytest.approx(again[2]["loss"], rel=1e-12)
 
 
+def test_a_training_that_is_at_its_end_is_not_repeated(particles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped while its results were written."""
+    whole = train(particles, tmp_path, batch=20, epochs=2)
+    monkeypatch.setattr(loop, "descend", None)
+    again = train(particles, tmp_path, batch=20, epochs=2)
+    assert torch.equal(whole[0], again[0]) and whole[2] == again[2]
+
+
 def test_a_checkpoint_made_from_other_inputs_is_set_aside(particles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other particles, as many and of the same ids, as after another preprocessing: the run starts anew, as in an empty folder."""
     train(particles, tmp_path / "run", batch=20, epochs=1, checkpoint_minutes=0.0)
