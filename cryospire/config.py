@@ -84,7 +84,7 @@ class Training(Section):
     lambda_z: float = Field(1.0, ge=0, description="weight of |z|^2 / 2 beside |residual|^2 / 2 summed over pixels; 1 is the MAP estimate under unit noise")
     lr: float = Field(1e-2, gt=0, description="Adam, networks and features")
     lr_z: float = Field(1.0, gt=0, description="latents: fraction of a natural-gradient (Newton) step a visit, in stage 2 falling like lr; each is visited once an epoch")
-    refine_poses: bool = Field(True, description="correct the pose of every particle along with its latent; how wrong poses are is learnt from the images")
+    refine_poses: bool = Field(True, description="correct the pose of every particle along with its latent; how wrong poses are is learnt from the images; stage 2 then takes the frame of the part that rests")
     lr_density: float = Field(0.02, gt=0, description="Adam, centres (pixels), log scales and relative amplitudes of the Gaussians")
     lanes: int = Field(8, ge=1, validate_default=True, description="fixed division of the particles among ranks; the number of ranks must divide it, and so must the batch")
     cutoff: float = Field(3.0, ge=2, description="Gaussians are cut off beyond this many scales; of a peak at most exp(-cutoff^2 / 2) is left out, 1.1 % at 3")
