@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SQUARINGS = 14  # eigenvalues that are nearer than a thousandth are not told apart
+
 
 def _axis(angle: Tensor, axis: str) -> Tensor:
     """Active rotations (..., 3, 3) by ``angle`` (...), radians, about the y or z axis."""
@@ -53,6 +55,11 @@ def exp_so3(v: Tensor) -> Tensor:
     return torch.eye(3, dtype=v.dtype, device=v.device) + a * k + b * (k @ k)
 
 
+def axial(m: Tensor) -> Tensor:
+    """Twice the vector (..., 3) of the antisymmetric part of matrices (..., 3, 3): of ``y x^T``, that is ``x cross y``."""
+    return torch.stack([m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]], -1)
+
+
 def frames(v: Tensor) -> Tensor:
     """Rotations (..., 3, 3) from six numbers (..., 6): two columns, orthonormalised; 0 gives the identity (Zhou et al., CVPR 2019).
 
@@ -83,8 +90,25 @@ def correction(rotation: Tensor, shift: Tensor, rotation_after: Tensor, shift_af
     """The correction (B, 5) that takes the first poses to those after it; inverse of ``corrected``."""
     turn = rotation_after @ rotation.transpose(1, 2)
     cosine = (turn.diagonal(dim1=1, dim2=2).sum(1) + 1)[:, None]
-    g = torch.stack([turn[:, 2, 1] - turn[:, 1, 2], turn[:, 0, 2] - turn[:, 2, 0], turn[:, 1, 0] - turn[:, 0, 1]], 1) / cosine
-    return torch.cat([g * (box / 2), (shift_after - shift) / pixel_size], 1)
+    return torch.cat([axial(turn) / cosine * (box / 2), (shift_after - shift) / pixel_size], 1)
+
+
+def nearest_rotation(moment: Tensor) -> Tensor:
+    """Rotations R (..., 3, 3) with the greatest ``trace(R^T moment)``, for ``moment`` (..., 3, 3): Davenport's q-method (1968).
+
+    The quaternion of R is the first eigenvector of a matrix of 4 x 4, by repeated squaring: unlike an SVD nothing of it makes a GPU's
+    host wait.
+    """
+    trace, z = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None], axial(moment)[..., None]
+    even = moment + moment.mT - trace * torch.eye(3).to(moment)
+    k = torch.cat([torch.cat([trace, z.mT], -1), torch.cat([z, even], -1)], -2)
+    k = k / k.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30) + torch.eye(4).to(k)  # no eigenvalue is negative
+    for _ in range(SQUARINGS):
+        k = k @ k
+        k = k / k.norm(dim=(-2, -1), keepdim=True)
+    column = k.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    q = k.take_along_dim(column, -1)[..., 0]
+    return of_quaternions(q / q.norm(dim=-1, keepdim=True))
 
 
 def rotvec_to_matrix(v: Tensor) -> Tensor:
@@ -95,7 +119,7 @@ def rotvec_to_matrix(v: Tensor) -> Tensor:
 def random_rotations(n: int, generator: torch.Generator | None = None) -> Tensor:
     """Rotations (n, 3, 3), float64, uniform over SO(3): normalised Gaussian quaternions."""
     q = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    return _of_quaternions(q / q.norm(dim=1, keepdim=True))
+    return of_quaternions(q / q.norm(dim=1, keepdim=True))
 
 
 def even_rotations(n: int) -> Tensor:
@@ -103,15 +127,15 @@ def even_rotations(n: int) -> Tensor:
     s = torch.arange(n, dtype=torch.float64) + 0.5
     a, b = 2 * torch.pi * s / 2**0.5, 2 * torch.pi * s / 1.533751168755204288118041
     inner, outer = (s / n).sqrt(), (1 - s / n).sqrt()
-    return _of_quaternions(torch.stack([inner * a.sin(), inner * a.cos(), outer * b.sin(), outer * b.cos()], 1)).float()
+    return of_quaternions(torch.stack([inner * a.sin(), inner * a.cos(), outer * b.sin(), outer * b.cos()], 1)).float()
 
 
-def _of_quaternions(q: Tensor) -> Tensor:
-    """Rotations (n, 3, 3) of unit quaternions (n, 4), w first."""
-    w, x, y, z = q.unbind(1)
+def of_quaternions(q: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) of unit quaternions (..., 4), w first."""
+    w, x, y, z = q.unbind(-1)
     rows = (
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     )  # fmt: skip
-    return torch.stack(rows, 1).reshape(-1, 3, 3)
+    return torch.stack(rows, -1).reshape(*q.shape[:-1], 3, 3)

@@ -13,6 +13,8 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from cryospire.maths.poses import axial, nearest_rotation
+
 WIDTHS = (4.0, 2.0)  # pixels; sigma of the blobs, from the search to the answer
 FINE = (4.0, 2.0, 1.0)  # and where a turn must be told from its mirror image
 STEPS = 6  # of the search at each width
@@ -22,6 +24,7 @@ STILL = 0.03  # misfit, of the set's own energy, below which no motion is search
 RESTS = 0.002  # misfit, of all there is to explain, below which a set rests
 WORTH = 0.02  # and by which a motion must lower it
 FEW = 0.02  # of the particles, whose motion is not told
+EVEN, FAINT = 1e-6, 1e-20  # keep what has no extent about an axis, or none at all, from a division by zero
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,17 @@ def overlap(x: Tensor, w: Tensor, y: Tensor, v: Tensor, sigma: float = WIDTHS[-1
 
 def motion(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rotations (..., 3, 3) and translations (..., 3) that take ``source`` (..., n, 3) to ``target`` with least squares weighted by
-    ``weight`` (..., n) (Kabsch 1976)."""
+    ``weight`` (..., n) (Kabsch 1976); their gradient is exact, also of bodies with equal axes."""
     w = (weight / weight.sum(-1, keepdim=True))[..., None]
     a, b = (w * source).sum(-2), (w * target).sum(-2)
-    u, _, vt = torch.linalg.svd((target - b[..., None, :]).mT @ (w * (source - a[..., None, :])))
-    sign = torch.ones_like(a)
-    sign[..., 2] = torch.det(u @ vt).sign()
-    rotation = u @ (sign[..., None] * vt)
+    moment = (target - b[..., None, :]).mT @ (w * (source - a[..., None, :]))
+    rotation = nearest_rotation(moment.detach())
+    # At the optimum ``moment R^T`` is symmetric; Newton's step to there has the gradient of R, and here no value.
+    seen = moment @ rotation.mT
+    trace = seen.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    metric = (trace * (1 + EVEN) + FAINT) * torch.eye(3).to(seen) - seen.detach()
+    turn = torch.linalg.solve_ex(metric, axial(seen - seen.detach())[..., None]).result
+    rotation = rotation + torch.linalg.cross(turn.expand_as(rotation), rotation, dim=-2)
     return rotation, b - (rotation @ a[..., None])[..., 0]
 
 
@@ -96,10 +103,7 @@ def register(
             pair = w[:, :, None] * kernel(x, moved, sigma) * v[:, None]
             total = pair.sum((1, 2)).clamp(min=1e-20)[:, None]
             a, b = (pair.sum(2)[:, None] @ x)[:, 0] / total, (pair.sum(1)[:, None] @ y)[:, 0] / total
-            u, _, vt = torch.linalg.svd((x - a[:, None]).transpose(1, 2) @ pair @ (y - b[:, None]))
-            sign = torch.ones_like(a)
-            sign[:, 2] = torch.det(u @ vt).sign()
-            rotation = u @ (sign[:, :, None] * vt)
+            rotation = nearest_rotation((x - a[:, None]).transpose(1, 2) @ pair @ (y - b[:, None]))
             translation = a - (rotation @ b[:, :, None])[:, :, 0]
     return rotation, translation
 

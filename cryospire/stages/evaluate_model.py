@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from cryospire.maths import neighbours, recovery, rigid
-from cryospire.maths.poses import angle_between
+from cryospire.maths.poses import angle_between, nearest_rotation
 from cryospire.training.data import Particles
 from cryospire.training.model import Mixture
 
@@ -140,8 +140,7 @@ def frames(found: Poses, truth: Poses, label: Tensor) -> tuple[Tensor, Tensor]:
     for k in range(int(label.max()) + 1):
         mine = label == k
         true, other = truth.rotation[mine].double(), found.rotation[mine].double()
-        u, _, v = torch.linalg.svd((true.transpose(1, 2) @ other).mean(0))
-        rotations.append(u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v))], dtype=u.dtype)) @ v)
+        rotations.append(nearest_rotation((true.mT @ other).mean(0)))
         off = (found.shift - truth.shift)[mine].double()
         translations.append(torch.linalg.lstsq(true[:, :2].reshape(-1, 3), off.reshape(-1, 1)).solution[:, 0])
     return torch.stack(rotations), torch.stack(translations)

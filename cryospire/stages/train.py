@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,20 @@ from torch import Tensor
 from cryospire.config import Config, section
 from cryospire.conventions import InputError
 from cryospire.io import stores
-from cryospire.log import Progress, say
-from cryospire.maths.poses import angle_between
-from cryospire.maths.rigid import motion
+from cryospire.log import say
 from cryospire.stages import discover
 from cryospire.training import checkpoint
 from cryospire.training.data import Particles
 from cryospire.training.distributed import seed_everything, team
 from cryospire.training.latents import POSE_SD
 from cryospire.training.loop import fit, start_threads
-from cryospire.training.model import CHUNK, Mixture, load, sample
+from cryospire.training.model import Mixture, load
+from cryospire.training.still import held_part
 
 WARM_STEPS, WARM_LR = 2000, 5e-3  # of fitting anchors to the motion of parts, without images
 WARM_SAMPLE = 512  # Gaussians whose occupancy is fitted in a step: all of a part are alike
 PRESENT = 0.95  # occupancy of what is there
 WORSE = 0.1  # of what stage 1 has gained after its first epoch; less is overfitting, of which stage 1 does more
-LIGHT = 0.1  # of the mass; lighter parts tell no frame
-RARE = 0.02  # of the particles, which may lack the part that is held still
-RESTS = 0.2  # of the radius of gyration: how far (rms) the whole may move with a part that rests; by a turn of 11 degrees
 SMALLEST = 0.5  # pixels; scale of a Gaussian at the start
 # One of so many takes density away from the start: a density of limited resolution is negative beside its peaks, and in training
 # hardly a Gaussian changes its sign.
@@ -60,13 +55,12 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
         model, parent = inherit(config, coarse, division, data.box, data.pixel_size)
         metrics = output.parent / "logs" / "train.metrics.jsonl"
         inputs = {"particles": particles, "discovery": discovery, "parts": parts}
+        part = torch.from_numpy(stores.read(division, "anchors/part")).long()[model.anchor]
         latents, history = fit(
             "train", model, start, data, settings, config.seed, ranks, checkpoints, metrics, inputs, force,
-            prepare=lambda: warm_start(model, division, parent, z), pose_sd=pose_sd,
+            prepare=lambda: warm_start(model, division, parent, z), pose_sd=pose_sd, part=part if settings.refine_poses else None,
         )  # fmt: skip
         if latents is not None:
-            part = torch.from_numpy(stores.read(division, "anchors/part")).long()[model.anchor]
-            held = hold_still(model, part, latents, data) if settings.refine_poses else None
             group = stores.create(
                 output,
                 "model",
@@ -77,7 +71,7 @@ def run(config: Config, *, particles: Path, discovery: Path, parts: Path, output
                 box=data.box,
                 force=force,
             )
-            group.attrs["held_part"] = held
+            group.attrs["held_part"] = held_part(model, part) if model.held else None
             stores.put(group, "anchors/part", stores.read(division, "anchors/part"), ("anchor",), "part of the anchor")
             discover.write(group, model, latents, data, history)
             checkpoint.clear(checkpoints)
@@ -100,51 +94,6 @@ def begin(z: Tensor, data: Particles, found: Any, refine: bool) -> tuple[Tensor,
         return z, learnt
     data.rotation, data.shift = given
     return torch.cat([z, change], 1), learnt if learnt[0] else POSE_SD
-
-
-@torch.no_grad()
-def hold_still(model: Mixture, part: Tensor, latents: Tensor, data: Particles) -> int | None:
-    """Tell all in the frame of the part (G,) that rests; ``data`` gets the poses that go with it.  Returns which; None where none rests.
-
-    Images tell how parts move against each other, but not how the whole does, which is taken for poses; and poses of a consensus follow
-    what moves a little.
-    """
-    body = resting(model, part, latents)
-    if body is None:
-        say("train: no part is always there and rests: volumes are in the frame of the poses")
-        return None
-    model.hold(part == body, latents)
-    turned = moved = 0.0
-    with Progress("train", len(latents), "poses") as progress:
-        for rows in torch.arange(len(latents)).split(CHUNK):
-            turn, way = model.turned(latents[rows])
-            shift = (data.rotation[rows, :2] @ way[:, :, None])[:, :, 0] * model.pixel_size
-            data.rotation[rows], data.shift[rows] = data.rotation[rows] @ turn, data.shift[rows] + shift
-            turned += float(angle_between(turn.double(), torch.eye(3)).square().sum())
-            moved += float(shift.square().sum() / 2)
-            progress.advance(len(rows))
-    turned, moved = (math.sqrt(total / len(latents)) for total in (turned, moved))
-    say(f"train: part {body + 1} is held still; poses take up its turns of {turned:.1f}° and its ways of {moved:.1f} Å (rms)")
-    return body
-
-
-def resting(model: Mixture, part: Tensor, latents: Tensor) -> int | None:
-    """That part (G,) which is always there and, were the whole to move with it, would move it least; None where that is too far."""
-    centre, amplitude = (torch.cat(values) for values in zip(*map(model.gaussians, sample(latents)), strict=True))
-    mass = amplitude.abs() * model.scale**3
-    total = mass.sum(1)
-    shows = total > total.mean() / 2  # images of nothing make all faint
-    home, weight = centre.mean(0), mass.mean(0)
-    moves: dict[int, float] = {}
-    for k in range(int(part.max()) + 1):
-        mine = part == k
-        share = (mass[:, mine].sum(1) / total)[shows]
-        if weight[mine].sum() > LIGHT * weight.sum() and share.quantile(RARE) > share.mean() / 2:
-            turn, way = motion(home.T[mine].expand(len(centre), -1, -1), centre[:, :, mine].mT, mass[:, mine])
-            moves[k] = float(((turn @ home + way[:, :, None] - home).square().sum(1).mean(0) * weight).sum())
-    size = float(((home - (home * weight).sum(1, keepdim=True) / weight.sum()).square().sum(0) * weight).sum())
-    best = min(moves, key=lambda k: moves[k], default=None)
-    return best if best is not None and moves[best] < RESTS**2 * size else None
 
 
 def inherit(config: Config, coarse: Mixture, division: Any, box: int, pixel_size: float) -> tuple[Mixture, Tensor]:

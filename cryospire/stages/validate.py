@@ -48,9 +48,7 @@ class Seen:
 
     @staticmethod
     def load(model: Path, latent: Tensor) -> Seen:
-        mixture = load(model)
-        mixture.held = False  # halves may hold different parts still; their poses are the same, but for what each refines
-        return Seen(mixture, part_of_gaussians(model), latent)
+        return Seen(load(model), part_of_gaussians(model), latent)
 
     @property
     def parts(self) -> int:
@@ -62,6 +60,12 @@ class Seen:
         mass = amplitude[0].abs() * scale**3
         here = mass > LIGHT * mass.median()
         return centre[0][here].numpy(), self.part[here].numpy()
+
+    def hold(self, whole: Seen, part: int) -> None:
+        """Tell all in the frame of the whole model's part, which need not be the one that the half's training has held."""
+        mine = self.parts_by(whole) == part
+        if int(mine.sum()) >= FEW:
+            self.mixture.hold(mine, self.latent)
 
     def parts_by(self, other: Seen) -> Tensor:
         """Part (G,) of every Gaussian by the other's parts; -1 where none of the other's is near."""
@@ -80,6 +84,9 @@ def run(config: Config, *, model: Path, analysis: Path, half1: Path, half2: Path
     say(f"validate: {len(states)} states in two models, each of one half-set alone")
     with Progress("validate", 4, "steps", output.parent / "logs" / "validate.metrics.jsonl", every=math.inf) as progress:
         halves = [Seen.load(path, shown_at(path, model, states, weight, k + 1)) for k, path in enumerate((half1, half2))]
+        held = stores.open_store(model, "model").attrs.get("held_part")
+        for half in halves if held is not None else ():
+            half.hold(whole, int(str(held)))
         volumes = torch.stack([render_states(half.mixture, half.latent) for half in halves])
         progress.advance(1, "volumes")
         box, pixel_size = whole.mixture.box, whole.mixture.pixel_size

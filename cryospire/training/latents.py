@@ -17,7 +17,8 @@ POSE_SD = 1.0, 1.0  # of turns and shifts, pixels (``maths.poses.corrected``), b
 class Latents:
     """``z`` (n, D) for global rows ``start <= row < start + n``, moved by natural gradients (Amari 1998); all on the device of ``z``.
 
-    Columns are the latent and, where poses are refined, the correction of the pose; ``precision`` (D,) is of their normal prior.
+    Columns are the latent and, where poses are refined, the correction of the pose; ``precision`` (D,) is of their normal prior, whose
+    mean (n, D) is zero but for what poses have wrong in common, by all images (``training.still``).
 
     Images have unit noise, so the Fisher information of a latent is F = J^T J, J the derivative of the image; averaged over
     particles it turns a gradient g of the negative log-likelihood into Newton's step under the prior,
@@ -27,6 +28,7 @@ class Latents:
 
     def __init__(self, z: Tensor, start: int, precision: Tensor) -> None:
         self.z, self.start, self.precision = z, start, precision.to(z.device)
+        self.mean = torch.zeros_like(z)
         self.fisher = torch.zeros(z.shape[1], z.shape[1], device=z.device)
 
     @staticmethod
@@ -51,18 +53,23 @@ class Latents:
         at = rows - self.start
         metric = self.fisher + self.precision.diag()
         # Positive definite; without the check for that, for which the CPU would wait.
-        step = rate * torch.linalg.solve_ex(metric, (gradient + self.precision * self.z[at]).T).result.T
+        step = rate * torch.linalg.solve_ex(metric, (gradient + self.precision * (self.z[at] - self.mean[at])).T).result.T
         length = (step.square() * self.precision.clamp(min=1)).sum(1, keepdim=True).sqrt()
         self.z[at] -= step * (REACH / length.clamp(min=REACH))
 
     def learn_poses(self, latent: int, team: Team) -> tuple[float, float]:
-        """Standard deviations of the poses' errors, of turns and shifts, that all images tell of: the prior from now on.
+        """Standard deviations of the poses' errors, of turns and shifts, that all images tell of; the prior is learnt from them.
 
         Expectation maximisation (Dempster, Laird & Rubin 1977): what the corrections are, and what is uncertain of them.
         """
-        uncertain = torch.linalg.inv((self.fisher + self.precision.diag()).cpu()).diagonal()
-        total = torch.tensor(team.sum(*self.z.double().square().sum(0).tolist(), float(len(self.z))))
-        variance = (uncertain + total[:-1] / total[-1])[latent:]
-        turn, shift = float(variance[:3].mean()), float(variance[3:].mean())
+        uncertain = torch.linalg.inv((self.fisher + self.precision.diag()).cpu()).diagonal()[latent:]
+
+        def spread(corrections: Tensor) -> tuple[float, float]:
+            total = torch.tensor(team.sum(*corrections.double().square().sum(0).tolist(), float(len(corrections))))
+            variance = uncertain + total[:-1] / total[-1]
+            return float(variance[:3].mean()), float(variance[3:].mean())
+
+        turn, shift = spread((self.z - self.mean)[:, latent:])
         self.precision[latent : latent + 3], self.precision[latent + 3 :] = 1 / turn, 1 / shift
+        turn, shift = spread(self.z[:, latent:])
         return turn**0.5, shift**0.5

@@ -28,6 +28,7 @@ from cryospire.training.distributed import Team
 from cryospire.training.latents import POSE_SD, Latents
 from cryospire.training.model import Mixture
 from cryospire.training.restarts import Drawings, nodes, restarted
+from cryospire.training.still import hold_still, settle
 
 RESTARTS = (1 / 3, 2 / 3)  # of the epochs, after which latents may begin anew
 AGREE_EVERY, AGREE_SECONDS = 10, 5.0  # steps, and time, at most between the ranks' agreements on stopping and on a finite loss
@@ -70,9 +71,11 @@ def fit(
     force: bool = False,
     prepare: Callable[[], None] = lambda: None,
     pose_sd: tuple[float, float] = POSE_SD,
+    part: Tensor | None = None,
 ) -> tuple[Tensor | None, dict[str, list[float]]]:
     """Train ``model`` in place.  ``z``: first latents (N, D) of all particles, or latents and corrections of their poses (N, D + 5), whose
-    standard deviations ``pose_sd``, of turns and shifts in pixels, are the first of their prior, or known where poses stay.
+    standard deviations ``pose_sd``, of turns and shifts in pixels, are the first of their prior, or known where poses stay.  ``part``
+    (G,) of each Gaussian: the part that rests is held still before latents begin anew.
 
     Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch; ``data`` there has the refined poses
     then.  Resumes from the checkpoint in ``folder`` if one of this run, with the same ``inputs``, is there; else calls ``prepare`` first.
@@ -106,20 +109,21 @@ def fit(
     if saved is not None:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
-        latents.z = saved["latents"][start:stop].clone().to(team.device)
+        latents.z, latents.mean = (saved[k][start:stop].clone().to(team.device) for k in ("latents", "mean"))
         latents.fisher, latents.precision = (saved[k].clone().to(team.device) for k in ("fisher", "precision"))
         first_epoch, first_step, history = saved["epoch"], saved["step"], saved["history"]
         running += saved["running"] if team.rank == 0 else 0.0  # of all ranks
         say(f"{stage}: resumed at epoch {first_epoch + 1}, step {first_step} of {per_epoch}")
 
     def keep(epoch: int, step: int) -> None:
-        columns = team.gather(latents.z)
+        columns, means = team.gather(latents.z), team.gather(latents.mean)
         total = team.sum(float(running))[0] if step else 0.0
         if columns is not None:
             state = {
                 "model": model.state_dict(),
                 "adam": adam.state_dict(),
                 "latents": columns,
+                "mean": means,
                 "fisher": latents.fisher,
                 "precision": latents.precision,
                 "epoch": epoch,
@@ -157,6 +161,8 @@ def fit(
         progress.skip(first_epoch * len(data) + min(first_step * config.batch, len(data)))
         for epoch in range(first_epoch, config.epochs):
             if settling and not first_step and epoch in [round(share * config.epochs) for share in RESTARTS]:
+                if part is not None and not model.held:
+                    hold_still(model, part, latents, data, team)
                 restart(epoch)
             began = time.monotonic()
             factor = decay((epoch * per_epoch + first_step) / (config.epochs * per_epoch))
@@ -215,6 +221,8 @@ def fit(
             if epoch + 1 < config.epochs and team.sum(wish())[0]:
                 say(f"{stage}: stopped by a signal; saved after epoch {epoch + 1}: run the same command to go on")
                 raise Interrupted
+    if model.held:
+        settle(model, latents, data, team)
     columns = team.gather(latents.z)
     model.to("cpu")
     data.to(torch.device("cpu"))
@@ -248,9 +256,10 @@ def descend(
     adam.zero_grad(set_to_none=True)
     loss.backward()
     adam.step()
+    away = (latents.precision * (z.detach() - latents.mean[batch.rows - latents.start]).square()).sum() / 2
     gradient = z.grad / weight if z.grad is not None else torch.zeros_like(z)
     latents.step(batch.rows, gradient, rate)
-    return energy.detach().sum() + (latents.precision * z.detach().square()).sum() / 2
+    return energy.detach().sum() + away
 
 
 def seen(model: Mixture, z: Tensor, batch: Batch) -> list[Tensor]:

@@ -26,6 +26,7 @@ OCCUPANCY_BIAS = 2.0  # occupancies start at sigmoid(2) = 0.88: present, and fre
 FOURIER_BANDS = 4  # octaves of the positional encoding (ablation)
 CHUNK, SAMPLE = 128, 512  # latents at once, and of which a mean is taken
 PINS = 256  # Gaussians, at most, by which a body is held
+SWAY = 32, 1  # nodes in a layer, and layers, of the network of the whole's motion
 
 
 class Mixture(nn.Module):
@@ -71,12 +72,16 @@ class Mixture(nn.Module):
         }
         self.flex = head(outputs=3, **sizes)
         self.occupancy = head(outputs=1, **sizes)
-        self.held = False
         self.body: Tensor  # (G,), mass of Gaussians by which a body is held, 0 of others
         self.home: Tensor  # (3, G), pixels, where
+        self.pins: Tensor  # these Gaussians
+        self.register_buffer("pins", torch.zeros(0, dtype=torch.long), persistent=False)
         if self.anchor_sizes:
+            self.sway = mlp(latent, *SWAY, 9)
+            self.settle()
             self.register_buffer("body", torch.zeros(gaussians))
             self.register_buffer("home", torch.zeros(3, gaussians))
+            self.register_load_state_dict_post_hook(lambda *_: self.pin(self.body, self.home))
         self.anchor_motion: nn.Module | None = None
         self.anchor_centre: Tensor
         self.anchor_feature: Tensor
@@ -126,7 +131,7 @@ class Mixture(nn.Module):
         f = self.features
         centre = self.rigid(z) + self.flex(z, f) * (self.unit / self.pixel_size)
         if self.held:
-            turn, way = self.turned(z)
+            turn, way = self._motion(centre[:, :, self.pins])
             centre = turn.mT @ (centre - way[:, :, None])
         return centre, self.occupancies(z, f) * (self.relative_amplitude * self.amplitude_unit)
 
@@ -138,17 +143,44 @@ class Mixture(nn.Module):
         """
         mine = torch.nonzero(body)[:, 0]
         pins = mine[torch.linspace(0, len(mine) - 1, min(PINS, len(mine))).round().long()]
-        self.held = False
-        self.body = torch.zeros_like(self.body).index_put((pins,), (self.relative_amplitude.abs() * self.scale**3)[pins])
-        self.home = torch.cat([self.gaussians(few)[0] for few in sample(z)]).mean(0)
-        self.held = True
+        mass = torch.zeros_like(self.body).index_put((pins,), (self.relative_amplitude.abs() * self.scale**3)[pins])
+        self.pin(mass, torch.cat([self.gaussians(few)[0] for few in sample(z)]).mean(0))
+
+    @torch.no_grad()
+    def pin(self, body: Tensor, home: Tensor) -> None:
+        """Hold the Gaussians of mass ``body`` (G,) at ``home`` (3, G), pixels."""
+        self.body.copy_(body)
+        self.home.copy_(home)
+        self.pins = torch.nonzero(self.body)[:, 0]
+
+    @property
+    def held(self) -> bool:
+        return len(self.pins) > 0
 
     def turned(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """How networks move the body from ``home`` at latents z (B, D): rotations (B, 3, 3) and translations (B, 3) in pixels, of least
         squares weighted by mass.  Seen at pose R and shift s, that is the body at home at pose ``R rotation`` and ``s + R translation``."""
-        pins = torch.nonzero(self.body)[:, 0]
-        centre = self.rigid(z)[:, :, pins] + self.flex(z, self.features[pins]) * (self.unit / self.pixel_size)
-        return motion(self.home.T[pins].expand(len(z), -1, -1), centre.mT, self.body[pins].expand(len(z), -1))
+        flex = self.flex(z, self.features[self.pins]) * (self.unit / self.pixel_size)
+        return self._motion(self.rigid(z)[:, :, self.pins] + flex)
+
+    def _motion(self, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """That of the body, by where its pins are, ``centre`` (B, 3, pins)."""
+        home, mass = self.home[:, self.pins].T, self.body[self.pins]
+        return motion(home.expand(len(centre), -1, -1), centre.mT, mass.expand(len(centre), -1))
+
+    def swayed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """How the whole moves, once a body is held, with latents z (B, D): rotations (B, 3, 3) and translations (B, 3) in pixels.
+
+        That is what poses of images at like latents have wrong in common.  It moves no latent: these are of the shape alone.
+        """
+        motion = self.sway(z.detach()) * float(self.held)
+        return frames(motion[:, :6]), motion[:, 6:] * (self.unit / self.pixel_size)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the whole not move."""
+        for p in self.sway[-1].parameters():
+            p.zero_()
 
     @torch.no_grad()
     def forward_gaussians(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,6 +205,9 @@ class Mixture(nn.Module):
     def seen(self, z: Tensor, rotation: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Centres (B, 2, G) in pixels of the images, and amplitudes (B, G)."""
         centre, amplitude = self.gaussians(z)
+        if self.anchor_sizes:
+            turn, way = self.swayed(z)
+            rotation, shift = rotation @ turn, shift + (rotation[:, :2] @ way[:, :, None])[:, :, 0] * self.pixel_size
         return rotation[:, :2] @ centre + shift[:, :, None] / self.pixel_size, amplitude
 
     def splat(self, xy: Tensor, amplitude: Tensor, scale: Tensor) -> Tensor:
@@ -243,7 +278,6 @@ def load(path: Path) -> Mixture:
             raise InputError(f"{path}: networks/{name} {words}: written by another version of cryospire; run its stage again")
         state[name] = found
     model.load_state_dict(state)
-    model.held = bool(shape["anchor_sizes"]) and bool(model.body.any())
     return model.eval().requires_grad_(False)
 
 

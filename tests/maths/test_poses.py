@@ -12,6 +12,7 @@ from cryospire.maths.poses import (
     exp_so3,
     frames,
     matrix_to_euler,
+    nearest_rotation,
     random_rotations,
     rotvec_to_matrix,
 )
@@ -39,6 +40,20 @@ def test_euler_round_trip_through_the_matrix_also_at_the_poles():
     a = torch.cat([angles(50), torch.tensor([[20.0, 0.0, 30.0], [20.0, 180.0, 30.0], [0.0, 0.0, 0.0]], dtype=torch.float64)])
     m = euler_to_matrix(*a.T)
     assert torch.allclose(euler_to_matrix(*matrix_to_euler(m).T), m, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [[3.0, 2.0, 1.0], [1, 1, 1], [3, 2, 0], [1, 0, 0], [3, 2, -1], [1, 1e-3, 1e-3], [0, 0, 0]])
+def test_the_nearest_rotation_is_that_of_the_svd(spread: list[float], dtype: torch.dtype) -> None:
+    """Of bodies with axes alike, flat, thin, mirrored: as near as by Kabsch's SVD, whatever is undetermined."""
+    turns = random_rotations(400, torch.Generator().manual_seed(0))
+    moment = 7e3 * (turns[:200] @ torch.diag(torch.tensor(spread, dtype=torch.float64)) @ turns[200:])
+    found = nearest_rotation(moment.to(dtype)).double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found @ found.mT, torch.eye(3).expand_as(found).double(), atol=20 * eps, rtol=0)
+    u, values, vt = torch.linalg.svd(moment)
+    best = values[:, 0] + values[:, 1] + values[:, 2] * torch.det(u @ vt).sign()
+    assert float((best - (found * moment).sum((1, 2))).max()) <= 100 * eps * float(best.max())
 
 
 def test_rotation_vectors_match_scipy_from_zero_to_beyond_pi():

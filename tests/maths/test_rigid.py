@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from cryospire.maths import rigid
@@ -37,6 +38,30 @@ def test_a_motion_is_found_from_far_away() -> None:
     r, t = rigid.register(x[order][None], weight[order][None], y[None], weight[None], *start)
     assert angle_between(r[0], rotation[0]) < 3
     assert float(((y @ r[0].T + t[0]) - x).norm(dim=1).mean()) < 0.5
+
+
+@pytest.mark.parametrize("body", ["irregular", "octahedron", "flat", "mirrored"])
+def test_the_gradient_of_a_motion_is_exact(body: str) -> None:
+    """Also of an octahedron, whose axes are alike, where the derivative of an SVD is infinite."""
+    shapes = {"octahedron": torch.cat([torch.eye(3), -torch.eye(3)]), "flat": cloud(6, 3) * torch.tensor([1.0, 1, 0])}
+    source = shapes.get(body, cloud(6, 3)).double()
+    weight = torch.ones(6).double() if body == "octahedron" else torch.linspace(1, 2, 6).double()
+    turn = exp_so3(torch.tensor([0.3, -0.4, 1.2]).double())
+    target = source @ turn.T * (torch.tensor([1, 1, -1]) if body == "mirrored" else 1) + 1
+    if body == "irregular":
+        target += 0.3 * cloud(6, 4)
+    inputs = [x.clone().requires_grad_() for x in (source, target, weight)]
+    assert torch.autograd.gradcheck(rigid.motion, inputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("points", [[[0.0, 0, 0]], [[0.0, 0, 0], [0, 0, 1]]])
+def test_bodies_without_extent_have_a_motion_too(points: list[list[float]]) -> None:
+    source = torch.tensor(points)
+    target = (source + torch.tensor([1.0, 2, 3])).requires_grad_()
+    rotation, translation = rigid.motion(source, target, torch.ones(len(source)))
+    (rotation.sum() + translation.sum()).backward()
+    torch.testing.assert_close(source @ rotation.T + translation, target)
+    assert target.grad is not None and bool(target.grad.isfinite().all())
 
 
 def moving_shapes() -> tuple[rigid.Shapes, torch.Tensor]:

@@ -40,9 +40,10 @@ def compare(tmp_path: Path, synthetic: SimpleNamespace) -> Callable[..., dict]:
     label = np.arange(900) // 2 % 3
     whole = synthetic.write_model(tmp_path / "model.zarr", PLACES[label])
     config = Config(output=tmp_path, analyse=Analyse(states=3, trajectories=0, umap=False))
-    analyse.run(config, model=whole, output=tmp_path / "analysis.zarr")
 
-    def run(first: np.ndarray, second: np.ndarray, change: Callable[[mixtures.Mixture], None] = lambda m: None, part=(0, 1)) -> dict:
+    def run(first: np.ndarray, second: np.ndarray, change: Callable = lambda half: None, part=(0, 1), held: int | None = None) -> dict:
+        stores.writable(whole).attrs["held_part"] = held
+        analyse.run(config, model=whole, output=tmp_path / "analysis.zarr")
         other = synthetic.two_part_mixture()
         change(other)
         paths = {
@@ -74,6 +75,18 @@ def test_equal_halves_agree_in_everything(compare: Callable[..., dict], tmp_path
         assert max(m["angle"][0]) > 5  # and there is something to agree on
     assert (tmp_path / "validation.png").stat().st_size > 10_000
     assert len(list((tmp_path / "validation").glob("state_*_half?.mrc"))) == 6
+
+
+@pytest.mark.parametrize("whole_holds", [False, True])
+def test_halves_that_hold_other_parts_are_told_in_one_frame(compare: Callable[..., dict], whole_holds: bool) -> None:
+    near = PLACES / 4  # parts that turn by 10 degrees: one that turns by 40 does not rest
+    held = 0 if whole_holds else None
+    found = compare(near, near, lambda half: half.hold(half.anchor == 1, torch.from_numpy(near).float()), held=held)
+    if whole_holds:
+        assert np.min(found["volumes"]["curves"]) > 0.98, "but for where each half has its mean"
+        assert max(found["motion"][0]["angle"][0]) < 0.1 and max(found["motion"][1]["angle"][0]) > 5
+    else:
+        assert np.min(found["volumes"]["curves"]) < 0.9, "each half as it is"
 
 
 def test_volumes_are_those_at_the_latents_of_the_states(compare: Callable[..., dict], tmp_path: Path, synthetic: SimpleNamespace) -> None:

@@ -10,14 +10,15 @@ import torch
 from cryospire import kernels
 from cryospire.config import Train
 from cryospire.io import stores
-from cryospire.maths.poses import angle_between, exp_so3, random_rotations
+from cryospire.maths.poses import angle_between, corrected, exp_so3, random_rotations
 from cryospire.maths.rigid import motion
 from cryospire.stages.evaluate_model import Poses, frames
-from cryospire.stages.train import hold_still
 from cryospire.training.data import Particles
-from cryospire.training.distributed import seed_everything, team
+from cryospire.training.distributed import Team, seed_everything, team
+from cryospire.training.latents import Latents
 from cryospire.training.loop import fit
 from cryospire.training.model import Mixture, load, save
+from cryospire.training.still import held_part, hold_still, settle
 
 BOX, PIXEL, COUNT, SIZES = 24, 6.0, 800, [90, 30]
 ENERGY = 1500.0  # of an image; its noise has variance 1 in every pixel
@@ -26,7 +27,7 @@ BODY = torch.arange(sum(SIZES)) < SIZES[0]
 
 
 def mixture(centre: torch.Tensor, amplitude: torch.Tensor) -> Mixture:
-    model = Mixture(Train(gaussians=len(BODY), epochs=6, refine_poses=False, cutoff=CUTOFF), 2, 4, len(BODY), BOX, PIXEL, SIZES)
+    model = Mixture(Train(gaussians=len(BODY), epochs=6, cutoff=CUTOFF), 2, 4, len(BODY), BOX, PIXEL, SIZES)
     model.place(centre, torch.full((len(BODY),), PIXEL), amplitude)
     model.anchor_centre.copy_(torch.stack([centre[BODY].mean(0), centre[~BODY].mean(0)], 1) / PIXEL)
     model.anchor_feature.copy_(torch.eye(2, 4))
@@ -72,16 +73,24 @@ def test_the_part_that_rests_is_held(
     model.degrees = torch.tensor(degrees, dtype=torch.float32)
     model.place(24 * torch.randn(120, 3, generator=g), torch.full((120,), PIXEL), torch.ones(120))
     data = Particles(stores.open_store(particles, "particles"))
-    given = data.rotation.clone(), data.shift.clone()
     z = torch.randn(len(data), 3, generator=g)
     z[:, 1:] = torch.rand(len(data), 2, generator=g) < torch.tensor([missing, empty])
-    seen = model.project(z, *given).detach()
-    assert hold_still(model, model.anchor, z, data) == rests
-    torch.testing.assert_close(model.project(z, data.rotation, data.shift), seen, atol=2e-5 * float(seen.max()), rtol=0)
-    taken = angle_between((given[0].mT @ data.rotation).double(), torch.eye(3, dtype=torch.float64))
+    latents = Latents.of(model.config, 3, torch.cat([z, torch.randn(len(data), 5, generator=g)], 1), 0)
+    before = latents.z.clone()
+
+    def poses() -> tuple[torch.Tensor, torch.Tensor]:
+        return corrected(data.rotation, data.shift, latents.z[:, 3:], BOX, PIXEL)
+
+    rotation, shift = poses()
+    seen = model.project(z, rotation, shift).detach()
+    hold_still(model, model.anchor, latents, data, Team())
+    assert torch.equal(latents.z[:, :3], z)
     if rests is None:
-        assert torch.equal(data.rotation, given[0]) and torch.equal(data.shift, given[1]) and not model.held
+        assert torch.equal(latents.z, before) and not model.held
     else:
+        assert held_part(model, model.anchor) == rests
+        torch.testing.assert_close(model.project(z, *poses()), seen, atol=2e-5 * float(seen.max()), rtol=0)
+        taken = angle_between(rotation.double(), poses()[0].double())
         torch.testing.assert_close(taken.float(), (z[:, 0] * degrees[rests]).abs(), atol=0.5, rtol=0)
 
 
@@ -115,6 +124,33 @@ def test_projections_stay_the_same_and_the_body_still(tmp_path: Path, seed: int)
     torch.testing.assert_close(load(tmp_path / "model.zarr").gaussians(z)[0], held)
 
 
+def test_the_motion_of_the_whole_goes_into_the_poses(particles: Path) -> None:
+    """Nothing is drawn elsewhere, poses do not move on average, and the prior of a particle's own correction does not draw it back."""
+    g = torch.Generator().manual_seed(0)
+    model = mixture(24 * torch.randn(len(BODY), 3, generator=g), torch.randn(len(BODY), generator=g))
+    data = Particles(stores.open_store(particles, "particles"))
+    latents = Latents.of(model.config, 2, torch.randn(len(data), 7, generator=g), 0)
+    z, own = latents.z[:, :2].clone(), latents.z - latents.mean
+    model.hold(BODY, z)
+    with torch.no_grad():
+        for p in model.sway.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / 8)
+
+    def poses() -> tuple[torch.Tensor, torch.Tensor]:
+        return corrected(data.rotation, data.shift, latents.z[:, 2:], BOX, PIXEL)
+
+    seen, before = model.project(z, *poses()).detach(), poses()
+    settle(model, latents, data, Team())
+    turns = before[0].mT @ poses()[0]
+    angles = angle_between(turns, torch.eye(3))
+    mean = motion(24 * torch.eye(3), (24 * turns).mean(0).mT, torch.ones(3))[0]
+    assert float(angles.median()) > 1 and float(angle_between(mean, torch.eye(3))) < 0.1 * float(angles.median())
+    torch.testing.assert_close(model.project(z, *poses()).detach(), seen, atol=2e-5 * float(seen.abs().max()), rtol=0)
+    torch.testing.assert_close(latents.z - latents.mean, own, atol=1e-4, rtol=0)
+    turn, way = model.swayed(z)
+    assert torch.equal(turn, torch.eye(3).expand_as(turn)) and not way.any()
+
+
 def test_a_frame_that_follows_the_state_is_set_right(tmp_path: Path, plant: Callable[..., Path]) -> None:
     """An arm swings by 40 degrees between two states, and the poses given follow it by 8, as those of a consensus do."""
     seed_everything(3)
@@ -134,8 +170,8 @@ def test_a_frame_that_follows_the_state_is_set_right(tmp_path: Path, plant: Call
     model = mixture(centre, (factor / (0.88 * (2 * torch.pi) ** 0.5 * PIXEL)).expand(len(BODY)))
     z = (2.0 * state - 1)[:, None] + 0.1 * torch.randn(COUNT, 2, generator=g)
     with team() as alone:
-        latents, _ = fit("train", model, z, data, model.config, 1, alone, tmp_path / "checkpoints", tmp_path / "metrics.jsonl", {})
-    assert latents is not None
-    assert hold_still(model, (~BODY).long(), latents, data) == 0
+        checkpoints, metrics = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
+        fit("train", model, z, data, model.config, 1, alone, checkpoints, metrics, {}, part=(~BODY).long())
+    assert model.held and bool(model.body[BODY].any()) and not model.body[~BODY].any()
     turns, ways = frames(Poses(data.rotation, data.shift), Poses(rotation, torch.zeros(COUNT, 2)), state)
     assert float(angle_between(turns[0], turns[1])) < 1 and float((ways[0] - ways[1]).norm()) < 0.2 * PIXEL
