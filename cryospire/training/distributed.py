@@ -113,6 +113,11 @@ def team() -> Iterator[Team]:
         if isinstance(error, InputError | OSError):
             print(f"cryospire: error: {explained(error)}", file=sys.stderr, flush=True)
             os._exit(2)
+        if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            words = str(error).splitlines()[0].partition(". ")[0]
+            words = f"rank {members.rank} stops: another rank, or the way to it, has failed ({words})"
+            print(f"cryospire: {words}", file=sys.stderr, flush=True)
+            os._exit(1)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,38 @@ def test_snakemake_killed_and_started_again(slurm: Slurm, run: Path, snakemake: 
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("gaussians: ", "gaussians: 1"))
     assert "discover was run with other settings (gaussians)" in ends_well(run, snakemake("--dry-run"))
+
+
+@pytest.fixture
+def disk(run: Path) -> Iterator[Path]:
+    """A small disk of its own for checkpoints."""
+    folder = run / "results/checkpoints"
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"NEEDS a mount: {done.stderr.strip()}; a full disk is not tested here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_the_disk_is_full(slurm: Slurm, run: Path, snakemake: Workflow, undisturbed: Result, disk: Path) -> None:
+    """Every try ends with the error, whose log is named; once there is room the workflow goes on from the last good checkpoint."""
+    process = snakemake()
+    in_epoch(slurm, run, 3)
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):  # until nothing more fits
+        while file.write(b"0" * 4096):
+            pass
+    assert process.wait(timeout=200) == 1
+    said, log = (run / "said").read_text(), (run / "results/logs/discover.log").read_text()
+    assert "No space left on device" in log and "Traceback" not in log, log
+    assert "slurm_logs/discover-" in said
+    assert not complete(run)
+    filler.unlink()
+    ends_well(run, snakemake())
+    assert "discover: resumed at epoch" in (run / "results/logs/discover.log").read_text()
+    same(run, undisturbed)
 
 
 @pytest.mark.slow
