@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SQUARINGS = 14  # eigenvalues that are nearer than a thousandth are not told apart
+SQUARINGS = 20  # eigenvalues nearer than 1e-5 are not told apart
 
 
 def _axis(angle: Tensor, axis: str) -> Tensor:
@@ -100,9 +100,10 @@ def nearest_rotation(moment: Tensor) -> Tensor:
     host wait.
     """
     trace, z = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None], axial(moment)[..., None]
-    even = moment + moment.mT - trace * torch.eye(3).to(moment)
+    even = moment + moment.mT - trace * torch.eye(3, dtype=moment.dtype, device=moment.device)
     k = torch.cat([torch.cat([trace, z.mT], -1), torch.cat([z, even], -1)], -2)
-    k = k / k.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30) + torch.eye(4).to(k)  # no eigenvalue is negative
+    k = k / k.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+    k = k + torch.eye(4, dtype=k.dtype, device=k.device)  # no eigenvalue is negative
     for _ in range(SQUARINGS):
         k = k @ k
         k = k / k.norm(dim=(-2, -1), keepdim=True)

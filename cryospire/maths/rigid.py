@@ -83,7 +83,7 @@ def motion(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     # At the optimum ``moment R^T`` is symmetric; Newton's step to there has the gradient of R, and here no value.
     seen = moment @ rotation.mT
     trace = seen.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    metric = (trace * (1 + EVEN) + FAINT) * torch.eye(3).to(seen) - seen.detach()
+    metric = (trace * (1 + EVEN) + FAINT) * torch.eye(3, dtype=seen.dtype, device=seen.device) - seen.detach()
     turn = torch.linalg.solve_ex(metric, axial(seen - seen.detach())[..., None]).result
     rotation = rotation + torch.linalg.cross(turn.expand_as(rotation), rotation, dim=-2)
     return rotation, b - (rotation @ a[..., None])[..., 0]

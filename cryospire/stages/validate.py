@@ -23,13 +23,14 @@ from cryospire.config import Config
 from cryospire.conventions import InputError
 from cryospire.io import mrc, stores
 from cryospire.log import Progress, say
-from cryospire.maths import fourier, masks, metrics
+from cryospire.maths import fourier, masks, metrics, rigid
 from cryospire.maths.poses import angle_between
 from cryospire.stages import validate_figure
 from cryospire.stages.detail import frames, part_of_gaussians
 from cryospire.stages.evaluate import fsc_of_differences, render_states, summary
 from cryospire.stages.evaluate_model import LIGHT, assign
 from cryospire.training.model import Mixture, load, load_latents
+from cryospire.training.still import moved_with
 
 NEAREST = 100  # particles of a half-set, at most half of a state's, whose mean latent shows it
 THRESHOLD = 0.143  # FSC of independent halves at the resolution (Rosenthal & Henderson 2003)
@@ -61,11 +62,11 @@ class Seen:
         here = mass > LIGHT * mass.median()
         return centre[0][here].numpy(), self.part[here].numpy()
 
-    def hold(self, whole: Seen, part: int) -> None:
-        """Tell all in the frame of the whole model's part, which need not be the one that the half's training has held."""
-        mine = self.parts_by(whole) == part
-        if int(mine.sum()) >= FEW:
-            self.mixture.hold(mine, self.latent)
+    def held_by(self, mine: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell all in the frame of some Gaussians (G,; boolean).  Returns where they are held, (1, n, 3) pixels, and their mass (1, n)."""
+        self.mixture.hold(mine, self.latent)
+        mass = self.mixture.relative_amplitude.abs() * self.mixture.scale**3
+        return self.mixture.home.T[mine][None], mass[mine][None]
 
     def parts_by(self, other: Seen) -> Tensor:
         """Part (G,) of every Gaussian by the other's parts; -1 where none of the other's is near."""
@@ -84,14 +85,12 @@ def run(config: Config, *, model: Path, analysis: Path, half1: Path, half2: Path
     say(f"validate: {len(states)} states in two models, each of one half-set alone")
     with Progress("validate", 4, "steps", output.parent / "logs" / "validate.metrics.jsonl", every=math.inf) as progress:
         halves = [Seen.load(path, shown_at(path, model, states, weight, k + 1)) for k, path in enumerate((half1, half2))]
-        held = stores.open_store(model, "model").attrs.get("held_part")
-        for half in halves if held is not None else ():
-            half.hold(whole, int(str(held)))
+        held = hold_in_common(whole, halves, stores.open_store(model, "model").attrs.get("held_part"))
         volumes = torch.stack([render_states(half.mixture, half.latent) for half in halves])
         progress.advance(1, "volumes")
         box, pixel_size = whole.mixture.box, whole.mixture.pixel_size
         mask = masks.soft_mask(fourier.lowpass(volumes.mean(0).amax(0), pixel_size, SMOOTH * pixel_size), 0.0, 3.0)
-        result: dict[str, Any] = {"states": len(states), "box": box, "pixel_size": pixel_size, "threshold": THRESHOLD}
+        result: dict[str, Any] = {"states": len(states), "held_part": held, "box": box, "pixel_size": pixel_size, "threshold": THRESHOLD}
         result |= agreement(volumes, mask, pixel_size)
         progress.advance(1, "FSC")
         result["parts"] = agreement_of_parts(*halves)
@@ -104,6 +103,27 @@ def run(config: Config, *, model: Path, analysis: Path, half1: Path, half2: Path
     write_volumes(output.with_suffix(""), volumes, mask, pixel_size)
     validate_figure.draw(result, output.with_suffix(".png"))
     output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def hold_in_common(whole: Seen, halves: list[Seen], held: Any) -> int | None:
+    """Tell all three in the frame of one part, put in one place; each training has held what rested there, which may be another.
+
+    It is the whole model's ``held`` part, or where a half lacks that the one which moves least.  Returns which; None where no part of the
+    whole is in both halves, which stay as they are.
+    """
+    found = [half.parts_by(whole) for half in halves]
+    common = [k for k in range(whole.parts) if all(int((part == k).sum()) >= FEW for part in found)]
+    if not common:
+        return None
+    centre, amplitude = whole.mixture.gaussians(whole.latent)
+    mass = amplitude.abs() * whole.mixture.scale**3
+    chosen = held if held in common else min(common, key=lambda k: moved_with(whole.part == k, centre, mass))
+    x, w = whole.held_by(whole.part == chosen)
+    for half, part in zip(halves, found, strict=True):
+        y, v = half.held_by(part == chosen)
+        turn, way = rigid.register(x, w, y, v, torch.eye(3)[None], torch.zeros(1, 3), rigid.FINE)
+        half.mixture.pin(half.mixture.body, turn[0] @ half.mixture.home + way[0, :, None])
+    return chosen
 
 
 def shown_at(path: Path, model: Path, states: Tensor, weight: Tensor, half: int) -> Tensor:
@@ -193,7 +213,10 @@ def motion(half: Seen, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def sentences(result: dict[str, Any]) -> list[str]:
     """What was found, for the terminal and the report."""
     volumes, differences, parts = result["volumes"], result["differences"], result["parts"]
+    held = result["held_part"]
+    frame = "no part is in both half-sets: each is told in a frame of its own" if held is None else f"told in the frame of part {held + 1}"
     lines = [
+        frame,
         f"volumes of the two half-sets agree in the median to {volumes['resolution']['median']:.1f} Å, what differs between states to "
         f"{differences['resolution']['median']:.1f} Å (FSC {result['threshold']}; area under it {volumes['area']['mean']:.3f} and "
         f"{differences['area']['mean']:.3f}, at most 0.5)",

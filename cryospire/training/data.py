@@ -73,8 +73,8 @@ class Batch:
 def send(values: Tensor, device: torch.device) -> Tensor:
     """On the device.  From pinned memory a GPU fetches in the order of its work, and nobody waits for it."""
     if device.type == "cuda" and values.device.type == "cpu":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class Particles:

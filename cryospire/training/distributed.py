@@ -57,7 +57,7 @@ class Team:
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers never change: broadcasting them would only cost each step a latency.
+        # Buffers change on all ranks alike: broadcasting them would only cost each step a latency.
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
 
     def sum(self, *values: float) -> list[float]:

@@ -32,6 +32,7 @@ from cryospire.training.still import hold_still, settle
 
 RESTARTS = (1 / 3, 2 / 3)  # of the epochs, after which latents may begin anew
 AGREE_EVERY, AGREE_SECONDS = 10, 5.0  # steps, and time, at most between the ranks' agreements on stopping and on a finite loss
+FORMAT = 2  # of checkpoints
 PROBE_EVERY = 8  # steps between estimates of the latents' Fisher information
 M_TRIM_THRESHOLD, M_MMAP_MAX, KEPT = -1, -4, 2**30  # malloc.h; bytes of freed memory that are kept
 POSES = 1 << 16  # particles whose poses are corrected at once
@@ -75,7 +76,7 @@ def fit(
 ) -> tuple[Tensor | None, dict[str, list[float]]]:
     """Train ``model`` in place.  ``z``: first latents (N, D) of all particles, or latents and corrections of their poses (N, D + 5), whose
     standard deviations ``pose_sd``, of turns and shifts in pixels, are the first of their prior, or known where poses stay.  ``part``
-    (G,) of each Gaussian: the part that rests is held still before latents begin anew.
+    (G,) of each Gaussian: the part that rests is held still once latents have begun anew.
 
     Returns the latents of all particles on rank 0 (None elsewhere) and the history of each epoch; ``data`` there has the refined poses
     then.  Resumes from the checkpoint in ``folder`` if one of this run, with the same ``inputs``, is there; else calls ``prepare`` first.
@@ -83,7 +84,8 @@ def fit(
     if config.deterministic and team.device.type == "cuda":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order, and torch refuses it
         torch.use_deterministic_algorithms(True)
-    identity = {"stage": stage, "config": _identity(config), "seed": seed} | {k: stores.fingerprint(path) for k, path in inputs.items()}
+    identity = {"format": FORMAT, "stage": stage, "config": _identity(config), "seed": seed}
+    identity |= {k: stores.fingerprint(path) for k, path in inputs.items()}
     if team.rank == 0 and force:
         checkpoint.clear(folder)
     saved = team.broadcast(checkpoint.load(folder, identity) if team.rank == 0 else None)
@@ -109,14 +111,15 @@ def fit(
     if saved is not None:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
-        latents.z, latents.mean = (saved[k][start:stop].clone().to(team.device) for k in ("latents", "mean"))
+        latents.z, mean = (saved[k][start:stop].clone().to(team.device) for k in ("latents", "mean"))
+        latents.mean[:, latent:] = mean
         latents.fisher, latents.precision = (saved[k].clone().to(team.device) for k in ("fisher", "precision"))
         first_epoch, first_step, history = saved["epoch"], saved["step"], saved["history"]
         running += saved["running"] if team.rank == 0 else 0.0  # of all ranks
         say(f"{stage}: resumed at epoch {first_epoch + 1}, step {first_step} of {per_epoch}")
 
     def keep(epoch: int, step: int) -> None:
-        columns, means = team.gather(latents.z), team.gather(latents.mean)
+        columns, means = team.gather(latents.z), team.gather(latents.mean[:, latent:])
         total = team.sum(float(running))[0] if step else 0.0
         if columns is not None:
             state = {
@@ -161,9 +164,11 @@ def fit(
         progress.skip(first_epoch * len(data) + min(first_step * config.batch, len(data)))
         for epoch in range(first_epoch, config.epochs):
             if settling and not first_step and epoch in [round(share * config.epochs) for share in RESTARTS]:
+                restart(epoch)
                 if part is not None and not model.held:
                     hold_still(model, part, latents, data, team)
-                restart(epoch)
+                    for parameter in model.sway.parameters():  # of which Adam has counted steps without a gradient
+                        adam.state.pop(parameter, None)
             began = time.monotonic()
             factor = decay((epoch * per_epoch + first_step) / (config.epochs * per_epoch))
             source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)

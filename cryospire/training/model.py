@@ -81,7 +81,7 @@ class Mixture(nn.Module):
             self.settle()
             self.register_buffer("body", torch.zeros(gaussians))
             self.register_buffer("home", torch.zeros(3, gaussians))
-            self.register_load_state_dict_post_hook(lambda *_: self.pin(self.body, self.home))
+            self.register_load_state_dict_post_hook(lambda model, _: model.pin(model.body, model.home))
         self.anchor_motion: nn.Module | None = None
         self.anchor_centre: Tensor
         self.anchor_feature: Tensor
@@ -116,11 +116,15 @@ class Mixture(nn.Module):
         motion = self.anchor_motion(pairs)
         return frames(motion[..., :6]), motion[..., 6:] * (self.unit / self.pixel_size)
 
-    def rigid(self, z: Tensor) -> Tensor:
-        """Centres (B, 3, G) in pixels after the anchors' motion, before the local flex."""
+    def rigid(self, z: Tensor, few: Tensor | None = None) -> Tensor:
+        """Centres (B, 3, G) in pixels after the anchors' motion, before the local flex; or of a few Gaussians alone."""
         if self.anchor_motion is None:
-            return self.centre[None]
+            return self.centre[None] if few is None else self.centre[None, :, few]
         rotation, translation = self.anchor_pose(z)
+        if few is not None:
+            anchor = self.anchor[few]
+            rest = self.anchor_centre[:, anchor]
+            return torch.einsum("bgij,jg->big", rotation[:, anchor], self.centre[:, few] - rest) + rest + translation[:, anchor].mT
         target = self.anchor_centre.T + translation
         blocks = torch.split(self.centre, self.anchor_sizes, 1)
         moved = [rotation[:, a] @ (block - self.anchor_centre[:, a : a + 1]) + target[:, a, :, None] for a, block in enumerate(blocks)]
@@ -161,7 +165,7 @@ class Mixture(nn.Module):
         """How networks move the body from ``home`` at latents z (B, D): rotations (B, 3, 3) and translations (B, 3) in pixels, of least
         squares weighted by mass.  Seen at pose R and shift s, that is the body at home at pose ``R rotation`` and ``s + R translation``."""
         flex = self.flex(z, self.features[self.pins]) * (self.unit / self.pixel_size)
-        return self._motion(self.rigid(z)[:, :, self.pins] + flex)
+        return self._motion(self.rigid(z, self.pins) + flex)
 
     def _motion(self, centre: Tensor) -> tuple[Tensor, Tensor]:
         """That of the body, by where its pins are, ``centre`` (B, 3, pins)."""

@@ -61,6 +61,9 @@ class Drawings:
         columns = []
         for z in latent.to(device):
             centre, amplitude, scale = model.forward_gaussians(z[None])
+            if model.anchor_sizes:
+                turn, way = model.swayed(z[None])
+                centre = centre @ turn.mT + way[:, None] * model.pixel_size
             wide = (scale.square() + (WIDER * pixel) ** 2).sqrt()
             drawn = render_volume(centre[0], amplitude[0] * (scale / wide) ** 3, wide, 2 * box, pixel / 2)
             volume = fourier.irfft(fourier.rfft(fourier.crop(drawn, box, 3), 3) * undone, 3)

@@ -109,8 +109,14 @@ def resting(model: Mixture, part: Tensor, z: Tensor) -> int | None:
         mine = part == k
         share = (mass[:, mine].sum(1) / total)[shows]
         if weight[mine].sum() > LIGHT * weight.sum() and share.quantile(RARE) > share.mean() / 2:
-            turn, way = motion(home.T[mine].expand(len(centre), -1, -1), centre[:, :, mine].mT, mass[:, mine])
-            moves[k] = float(((turn @ home + way[:, :, None] - home).square().sum(1).mean(0) * weight).sum())
+            moves[k] = moved_with(mine, centre, mass)
     size = float(((home - (home * weight).sum(1, keepdim=True) / weight.sum()).square().sum(0) * weight).sum())
     best = min(moves, key=lambda k: moves[k], default=None)
     return best if best is not None and moves[best] < RESTS**2 * size else None
+
+
+def moved_with(mine: Tensor, centre: Tensor, mass: Tensor) -> float:
+    """How far the whole, centres (N, 3, G) and mass (N, G), would move with some Gaussians ``mine`` (G,): mass times square of the way."""
+    home, weight = centre.mean(0), mass.mean(0)
+    turn, way = motion(home.T[mine].expand(len(centre), -1, -1), centre[:, :, mine].mT, mass[:, mine])
+    return float(((turn @ home + way[:, :, None] - home).square().sum(1).mean(0) * weight).sum())

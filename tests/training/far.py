@@ -62,7 +62,8 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"{func}: indices on the device, values on the CPU")
         masked = func is aten.index.Tensor and any(isinstance(i, Far) and i.dtype == torch.bool for i in args[1])
         home = func is aten.copy_.default and not isinstance(args[0], Far)
-        if far and (func in WAITS or masked or home or asked == "cpu"):
+        sent = func is aten._to_copy.default and asked == FAR.type and not far and not kwargs.get("non_blocking")
+        if (far and (func in WAITS or masked or home or asked == "cpu")) or (sent and tensors[0].dim()):
             self.waits[place()] += 1
         if asked == FAR.type:
             kwargs = kwargs | {"device": torch.device("cpu")}

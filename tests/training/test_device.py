@@ -38,14 +38,17 @@ def test_the_same_bits_on_another_device(plain: None, particles: Path, tmp_path:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_no_step_waits_for_the_device(plain: None, particles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stage", "epochs"), [(1, (1, 3)), (2, (6, 8))])
+def test_no_step_waits_for_the_device(
+    plain: None, particles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, epochs: tuple[int, int]
+) -> None:
     """But where the latents' Fisher information is learnt, and where ranks agree: kernels are launched while others run."""
     waited = []
-    for epochs in (1, 3):
+    for count in epochs:
         with monkeypatch.context() as patch, far.device(patch) as waits:
             patch.setattr(Team, "device", property(lambda team: far.FAR, lambda team, device: None), raising=False)
             patch.setattr(loop, "AGREE_SECONDS", 1e9)
-            test_loop.train(particles, tmp_path / str(epochs), epochs=epochs, batch=4)
+            test_loop.train(particles, tmp_path / str(count), stage, epochs=count, batch=4)
         waited.append(waits)
     steps = 2 * 50
     assert max((waited[1] - waited[0]).values()) <= steps / loop.PROBE_EVERY + 2, waited[1] - waited[0]

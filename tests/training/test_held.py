@@ -27,7 +27,7 @@ BODY = torch.arange(sum(SIZES)) < SIZES[0]
 
 
 def mixture(centre: torch.Tensor, amplitude: torch.Tensor) -> Mixture:
-    model = Mixture(Train(gaussians=len(BODY), epochs=6, cutoff=CUTOFF), 2, 4, len(BODY), BOX, PIXEL, SIZES)
+    model = Mixture(Train(gaussians=len(BODY), epochs=30, cutoff=CUTOFF), 2, 4, len(BODY), BOX, PIXEL, SIZES)
     model.place(centre, torch.full((len(BODY),), PIXEL), amplitude)
     model.anchor_centre.copy_(torch.stack([centre[BODY].mean(0), centre[~BODY].mean(0)], 1) / PIXEL)
     model.anchor_feature.copy_(torch.eye(2, 4))
@@ -40,11 +40,12 @@ class Swinging(Mixture):
     degrees: torch.Tensor
     pivot = torch.tensor([[0.0], [30.0], [0.0]])
 
-    def rigid(self, z: torch.Tensor) -> torch.Tensor:
+    def rigid(self, z: torch.Tensor, few: torch.Tensor | None = None) -> torch.Tensor:
         angle = torch.deg2rad(z[:, :1] * self.degrees[self.anchor])
         x, y, height = (self.centre - self.pivot / PIXEL)[:, None]
         turned = torch.stack([angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y, height.expand_as(angle)], 1)
-        return turned + self.pivot / PIXEL
+        moved = turned + self.pivot / PIXEL
+        return moved if few is None else moved[:, :, few]
 
     def occupancies(self, z: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The second number takes the first part away where it is positive, the third all."""
@@ -110,6 +111,7 @@ def test_projections_stay_the_same_and_the_body_still(tmp_path: Path, seed: int)
     assert float(angle_between(turned, rotation).median()) > 1 and float((moved - shift).abs().median()) > 0.1, "something has moved"
     torch.testing.assert_close(model.project(z, turned, moved), seen, atol=2e-5 * float(seen.abs().max()), rtol=0)
 
+    torch.testing.assert_close(model.rigid(z, model.pins), model.rigid(z)[:, :, model.pins])
     held, same = model.gaussians(z)
     torch.testing.assert_close(same, amplitude)
     apart = [torch.cdist(x.mT, x.mT, compute_mode="donot_use_mm_for_euclid_dist") for x in (held, free)]

@@ -154,6 +154,16 @@ def test_a_checkpoint_made_from_other_inputs_is_set_aside(particles: Path, tmp_p
     assert z is not None and anew is not None and torch.equal(z, anew)
 
 
+def test_a_checkpoint_of_another_version_is_set_aside(
+    particles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "FORMAT", loop.FORMAT - 1)
+    train(particles, tmp_path, epochs=1)
+    monkeypatch.undo()
+    train(particles, tmp_path, epochs=1)
+    assert "last.ckpt: belongs to another run (format differ); kept as other.ckpt" in capsys.readouterr().err
+
+
 RANKS = """
 import sys, torch
 from dataclasses import fields
