@@ -146,6 +146,8 @@ def mixture(case: Case) -> tuple[Mixture, Training]:
         scale = (0.7 * wide).clamp(min=SMALLEST * pixel).expand(case.gaussians)
     model.place(centre, scale, amplitude)
     torch.nn.init.normal_(model.feature, std=0.1)
+    if case.stage == 2:  # as in two thirds of a training
+        model.hold(model.anchor == 0, torch.randn(64, LATENT))
     return model, config
 
 

@@ -190,6 +190,8 @@ def mixture(size: Size) -> tuple[Mixture, Training]:
     centre = torch.randn(size.gaussians, 3, generator=generator) * (size.box / 12 * 3.0)
     width = 3.0 * size.box / 128 * (1.2 if size.stage == 2 else 2.0)
     model.place(centre, torch.full((size.gaussians,), width), torch.full((size.gaussians,), 0.01))
+    if size.stage == 2:  # as in two thirds of a training
+        model.hold(model.anchor == 0, torch.randn(64, 4, generator=generator))
     return model, config
 
 

@@ -214,7 +214,9 @@ def sentences(result: dict[str, Any]) -> list[str]:
     """What was found, for the terminal and the report."""
     volumes, differences, parts = result["volumes"], result["differences"], result["parts"]
     held = result["held_part"]
-    frame = "no part is in both half-sets: each is told in a frame of its own" if held is None else f"told in the frame of part {held + 1}"
+    frame = "no part is in both half-sets: each is told in a frame of its own"
+    if held is not None:
+        frame = f"both half-sets are told in the frame of part {held + 1}"
     lines = [
         frame,
         f"volumes of the two half-sets agree in the median to {volumes['resolution']['median']:.1f} Å, what differs between states to "
