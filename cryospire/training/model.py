@@ -77,8 +77,6 @@ class Mixture(nn.Module):
         self.pins: Tensor  # these Gaussians
         self.register_buffer("pins", torch.zeros(0, dtype=torch.long), persistent=False)
         if self.anchor_sizes:
-            self.sway = mlp(latent, *SWAY, 9)
-            self.settle()
             self.register_buffer("body", torch.zeros(gaussians))
             self.register_buffer("home", torch.zeros(3, gaussians))
             self.register_load_state_dict_post_hook(lambda model, _: model.pin(model.body, model.home))
@@ -92,6 +90,9 @@ class Mixture(nn.Module):
         self.register_buffer("anchor_feature", torch.zeros(len(self.anchor_sizes), features))
         if isinstance(config, Train) and config.anchor_motion:
             self.anchor_motion = mlp(latent + features, config.hidden, config.layers, 9)
+        if self.anchor_sizes:
+            self.sway = mlp(latent, *SWAY, 9)
+            self.settle()
 
     @property
     def scale(self) -> Tensor:
