@@ -93,6 +93,12 @@ def correction(rotation: Tensor, shift: Tensor, rotation_after: Tensor, shift_af
     return torch.cat([axial(turn) / cosine * (box / 2), (shift_after - shift) / pixel_size], 1)
 
 
+def carried(rotation: Tensor, shift: Tensor, turn: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
+    """Poses, rotations (B, 3, 3) and shifts (B, 2) Å, at which a body at rest is seen as at those given after its motion: rotations
+    ``turn`` (B, 3, 3) and translations ``way`` (B, 3) Å."""
+    return rotation @ turn, shift + (rotation[:, :2] @ way[:, :, None])[:, :, 0]
+
+
 def nearest_rotation(moment: Tensor) -> Tensor:
     """Rotations R (..., 3, 3) with the greatest ``trace(R^T moment)``, for ``moment`` (..., 3, 3): Davenport's q-method (1968).
 

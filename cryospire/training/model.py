@@ -16,7 +16,7 @@ from cryospire.config import Train, Training
 from cryospire.conventions import InputError
 from cryospire.io import stores
 from cryospire.maths.losses import residual_energy
-from cryospire.maths.poses import frames
+from cryospire.maths.poses import carried, frames
 from cryospire.maths.projection import peak_weight
 from cryospire.maths.rigid import motion
 from cryospire.training.heads import head, mlp
@@ -212,7 +212,7 @@ class Mixture(nn.Module):
         centre, amplitude = self.gaussians(z)
         if self.anchor_sizes:
             turn, way = self.swayed(z)
-            rotation, shift = rotation @ turn, shift + (rotation[:, :2] @ way[:, :, None])[:, :, 0] * self.pixel_size
+            rotation, shift = carried(rotation, shift, turn, way * self.pixel_size)
         return rotation[:, :2] @ centre + shift[:, :, None] / self.pixel_size, amplitude
 
     def splat(self, xy: Tensor, amplitude: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cryospire.log import say
-from cryospire.maths.poses import angle_between, corrected, correction
+from cryospire.maths.poses import angle_between, carried, corrected, correction
 from cryospire.maths.rigid import motion
 from cryospire.training.data import Particles
 from cryospire.training.distributed import Team
@@ -80,13 +80,12 @@ def to_poses(
         given = poses[0].to(device), poses[1].to(device)
         rotation, shift = corrected(*given, z[:, latent:], model.box, model.pixel_size)
         turn, way = motion(z[:, :latent])
-        along = (rotation[:, :2] @ way[:, :, None])[:, :, 0] * model.pixel_size
-        after = rotation @ turn, shift + along
+        after = carried(rotation, shift, turn, way * model.pixel_size)
         change = correction(*given, *after, model.box, model.pixel_size) - z[:, latent:]
         z[:, latent:] += change
         mean[:, latent:] += change
         turned += float(angle_between(rotation.double(), after[0].double()).square().sum())
-        moved += float(along.square().sum() / 2)
+        moved += float((after[1] - shift).square().sum() / 2)
     turned, moved, count = team.sum(turned, moved, len(latents.z))
     return (turned / count) ** 0.5, (moved / count) ** 0.5
 
