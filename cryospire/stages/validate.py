@@ -68,6 +68,12 @@ class Seen:
         mass = self.mixture.relative_amplitude.abs() * self.mixture.scale**3
         return self.mixture.home.T[mine][None], mass[mine][None]
 
+    def middle(self, part: int, state: int) -> Tensor:
+        """Centre of mass (3,) Å of a part in a state."""
+        centre, amplitude, scale = self.mixture.forward_gaussians(self.latent[state][None])
+        mass = (amplitude[0].abs() * scale**3)[self.part == part]
+        return mass @ centre[0][self.part == part] / mass.sum()
+
     def parts_by(self, other: Seen) -> Tensor:
         """Part (G,) of every Gaussian by the other's parts; -1 where none of the other's is near."""
         found = assign(self.mixture, self.latent, other)
@@ -174,8 +180,8 @@ def agreement_of_parts(first: Seen, second: Seen) -> dict[str, Any]:
 def agreement_of_motion(whole: Seen, halves: list[Seen]) -> list[dict[str, Any]]:
     """Of every part of the whole model: occupancy, turn (degrees) and way (Å) in either half, and how far these are apart.
 
-    Motion is from the state where both halves show most of the part, over the states in which both show it present.  ``missing``: the
-    halves of which hardly a Gaussian lies there.
+    Motion is from the state where both halves show most of the part, over the states in which both show it present; the way is that of
+    one point, the middle of the whole model's part there.  ``missing``: the halves of which hardly a Gaussian lies there.
     """
     parts = [half.parts_by(whole) for half in halves]
     result: list[dict[str, Any]] = []
@@ -184,12 +190,13 @@ def agreement_of_motion(whole: Seen, halves: list[Seen]) -> list[dict[str, Any]]
         if missing:
             result.append({"part": k + 1, "missing": missing})
             continue
-        turned, placed, present = zip(*(motion(half, part == k) for half, part in zip(halves, parts, strict=True)), strict=True)
+        turned, moved, present = zip(*(motion(half, part == k) for half, part in zip(halves, parts, strict=True)), strict=True)
         least = torch.minimum(*present)
         home = int(least.argmax())
         states = [s for s in torch.nonzero(least > THERE)[:, 0].tolist() if s != home]
         turns = [[r[s] @ r[home].T for s in states] for r in turned]
-        ways = [[x[s] - x[home] for s in states] for x in placed]
+        middle = whole.middle(k, home)
+        ways = [[r[s] @ r[home].T @ (middle - x[home]) + x[s] - middle for s in states] for r, x in zip(turned, moved, strict=True)]
         result.append(
             {
                 "part": k + 1, "home": home, "states": states,
@@ -204,10 +211,9 @@ def agreement_of_motion(whole: Seen, halves: list[Seen]) -> list[dict[str, Any]]
 
 
 def motion(half: Seen, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn (S, 3, 3) and place of the centre (S, 3) Å of the Gaussians ``mine`` (G,) in every state; occupancy (S,), of the most."""
+    """Rotations (S, 3, 3) and translations (S, 3) Å of the Gaussians ``mine`` (G,) in every state; occupancy (S,), of the most."""
     rotation, translation, present = (x[:, 0] for x in frames(half.mixture, torch.where(mine, 0, -1), half.latent))
-    middle = (half.mixture.centre.T[mine] * half.mixture.pixel_size).mean(0)
-    return rotation, rotation @ middle + translation, present / present.max()
+    return rotation, translation, present / present.max()
 
 
 def sentences(result: dict[str, Any]) -> list[str]:

@@ -138,6 +138,16 @@ def test_a_part_that_one_half_lacks_is_told(compare: Callable[..., dict]) -> Non
     assert "part 2 is not found where it is in the whole model in half-set 2" in validate.sentences(found)[-1]
 
 
+def test_ways_are_those_of_one_point_whatever_of_a_part_a_half_has(compare: Callable[..., dict]) -> None:
+    def lose_a_side(mixture: mixtures.Mixture) -> None:
+        turning = torch.nonzero(mixture.anchor == 0)[:, 0]
+        side = turning[mixture.centre[0, turning] > mixture.centre[0, turning].median()]
+        mixture.centre[:, side] += 100  # pixels: out of the box
+
+    found = compare(PLACES, PLACES, lose_a_side, held=1)["motion"][0]
+    assert max(found["way"][0]) > 5 and max(found["way_apart"]) < 0.1  # Å
+
+
 def test_halves_that_share_no_place_say_so(compare: Callable[..., dict]) -> None:
     """No Gaussian can be compared: the index over none would be 1."""
 
