@@ -142,14 +142,20 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def hold(self, body: Tensor, z: Tensor) -> None:
-        """Tell all in the frame of a body, of Gaussians ``body`` (G,; boolean): it stays where it is on average at latents z (N, D).
+        """Tell all in the frame of a body, of Gaussians ``body`` (G,; boolean): it stays, of its mean shape, where it is on average at
+        latents z (N, D).
 
         Motions of the whole belong to the poses then: see ``turned``.
         """
         mine = torch.nonzero(body)[:, 0]
         pins = mine[torch.linspace(0, len(mine) - 1, min(PINS, len(mine))).round().long()]
         mass = torch.zeros_like(self.body).index_put((pins,), (self.relative_amplitude.abs() * self.scale**3)[pins])
-        self.pin(mass, torch.cat([self.gaussians(few)[0] for few in sample(z)]).mean(0))
+        centre = torch.cat([self.gaussians(few)[0] for few in sample(z)]).mT
+        seen, weight = centre[:, pins], mass[pins]
+        turn, way = motion(seen[0].expand_as(seen), seen, weight.expand(len(seen), -1))
+        shape = ((centre - way[:, None]) @ turn).mean(0)
+        turn, way = motion(shape[pins], seen.mean(0), weight)
+        self.pin(mass, turn @ shape.T + way[:, None])
 
     @torch.no_grad()
     def pin(self, body: Tensor, home: Tensor) -> None:

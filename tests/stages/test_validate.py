@@ -79,9 +79,8 @@ def test_equal_halves_agree_in_everything(compare: Callable[..., dict], tmp_path
 
 @pytest.mark.parametrize("whole_holds", [False, True])
 def test_halves_that_hold_other_parts_are_told_in_one_frame(compare: Callable[..., dict], whole_holds: bool) -> None:
-    near = PLACES / 4  # parts that turn by 10 degrees: one that turns by 40 does not rest
     held = 0 if whole_holds else None
-    found = compare(near, near, lambda half: half.hold(half.anchor == 1, torch.from_numpy(near).float()), held=held)
+    found = compare(PLACES, PLACES, lambda half: half.hold(half.anchor == 1, torch.from_numpy(PLACES).float()), held=held)
     assert np.min(found["volumes"]["curves"]) > 0.99
     still = found["held_part"]
     assert still == 0 or not whole_holds
