@@ -1,6 +1,7 @@
 """Small commands of the benchmark: configs of its runs, latents and volumes of other programs, the table.
 
-    python benchmark.py config DATASET.yaml --size '{"box": 64, ...}' --energy 655.36 --seed 0 --model M --run DIR
+    python benchmark.py config DATASET.yaml --size '{"box": 64, ...}' --energy 655.36 --seed 0 --model M --particles STAR --run DIR
+    python benchmark.py frame REFINED.star TRUTH OUTPUT.star
     python benchmark.py zfile EMBEDDING LABELS OUTPUT
     python benchmark.py score VOLUMES TRUTH NAME OUTPUT.json --latents EMBEDDING
     python benchmark.py truth IgG-1D IgG-1D/truth
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from cryospire import config as configuration
 from cryospire.conventions import InputError
-from cryospire.io import metadata_pkl, mrc, stores
+from cryospire.io import metadata, metadata_pkl, mrc, stores
 
 COLUMNS = ("auc", "unmasked", "difference")
 NAMES = [
@@ -37,7 +38,15 @@ NAMES = [
 
 
 def make_config(
-    base: Path, size: dict[str, Any], energy: float, seed: int, model: str, run: Path, variant: str, changes: dict[str, Any]
+    base: Path,
+    size: dict[str, Any],
+    energy: float,
+    seed: int,
+    model: str,
+    particles: Path,
+    run: Path,
+    variant: str,
+    changes: dict[str, Any],
 ) -> None:
     """``simulate.yaml`` of a data set and ``<variant>.yaml`` of a run on it; both checked."""
     values = yaml.safe_load(base.read_text())
@@ -46,15 +55,28 @@ def make_config(
         simulate["states"] = yaml.safe_load(base.read_text())["simulate"]["states"]  # as many as there are compositions
     if model:
         simulate["model"] = str(Path(model).resolve())
-    data = run.resolve() / "data"
     for section, keys in changes.items():
         values[section] = values.get(section, {}) | keys
-    values |= {"seed": seed, "particles": str(data / "particles.star"), "truth": str(data / "truth")}
+    values |= {"seed": seed, "particles": str(particles.resolve()), "truth": str(particles.resolve().parent / "truth")}
     values["output"] = str(run.resolve() / variant)
     run.mkdir(parents=True, exist_ok=True)
     for name, content in (("simulate", {"seed": seed, "simulate": simulate}), (variant, values)):
         configuration.Config.model_validate(content)
         (run / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def frame(refined: Path, truth: Path, output: Path) -> None:
+    """Poses of a refinement of the simulated stack, told in the frame of the truth: theirs is another, which no image tells of."""
+    import torch
+
+    from cryospire.stages.evaluate_model import Poses, frames
+
+    table = metadata.read(refined, datadir=output.parent)
+    found = Poses(torch.from_numpy(table.rotation), torch.from_numpy(table.shift))
+    turn, way = frames(found, Poses.load(truth / "poses.npz", table.index), torch.zeros(len(table), dtype=torch.long))
+    rotation = found.rotation @ turn[0].T
+    shift = found.shift - rotation[:, :2] @ way[0]
+    metadata.write_star(output, replace(table, rotation=rotation.numpy(), shift=shift.numpy()))
 
 
 def read_latents(embedding: Path, label: NDArray[np.int32]) -> NDArray[np.floating]:
@@ -225,9 +247,11 @@ def main() -> None:
     c.add_argument("--energy", type=float, required=True)
     c.add_argument("--seed", type=int, required=True)
     c.add_argument("--model", default="")
+    c.add_argument("--particles", type=Path, required=True)
     c.add_argument("--run", type=Path, required=True)
     c.add_argument("--variant", default="base")
     c.add_argument("--changes", type=json.loads, default={})
+    r = commands.add_parser("frame")
     z = commands.add_parser("zfile")
     s = commands.add_parser("score")
     s.add_argument("--latents", type=Path)
@@ -236,6 +260,7 @@ def main() -> None:
     f.add_argument("--states", type=int, default=5)
     t = commands.add_parser("table")
     for command, names in (
+        (r, ("refined", "truth", "output")),
         (z, ("embedding", "labels", "output")),
         (s, ("volumes", "truth", "name", "output")),
         (g, ("folder", "output")),
@@ -248,7 +273,9 @@ def main() -> None:
     a = parser.parse_args()
     try:
         if a.command == "config":
-            make_config(a.base, a.size, a.energy, a.seed, a.model, a.run, a.variant, a.changes)
+            make_config(a.base, a.size, a.energy, a.seed, a.model, a.particles, a.run, a.variant, a.changes)
+        elif a.command == "frame":
+            frame(a.refined, a.truth, a.output)
         elif a.command == "zfile":
             zfile(a.embedding, a.labels, a.output)
         elif a.command == "score":

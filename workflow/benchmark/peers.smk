@@ -40,7 +40,7 @@ NETWORK = {
 rule cryodrgn:
     input:
         ready=ready("cryodrgn"),
-        star=rules.simulate.output.star,
+        star=particles,
         labels=rules.simulate.output.labels,
     output:
         f"{RUN}/{{network}}/evaluation.json",
@@ -82,7 +82,7 @@ rule cryodrgn:
 rule recovar:
     input:
         ready=ready("recovar"),
-        star=rules.simulate.output.star,
+        star=particles,
         labels=rules.simulate.output.labels,
     output:
         f"{RUN}/recovar/evaluation.json",
