@@ -110,7 +110,7 @@ def test_poses_of_relion_are_given_to_every_method(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("relion_refine"), reason="relion_refine is not installed (Debian package relion)")
 def test_relion_refines_poses_that_are_put_off(tmp_path: Path) -> None:
-    """In the frame of the truth its shifts are nearer to the true ones; three iterations from 40 Å hardly mend the turns of a smooth phantom."""
+    """In the frame of the truth its shifts are nearer to the true ones; from 40 Å on it hardly mends the turns of a smooth phantom."""
     tiny = {
         "output": str(tmp_path), "datasets": ["tiny"], "energy": {"hard": 2000.0},
         "size": {"small": {"box": 32, "pixel_size": 10.0, "particles": 300}},
