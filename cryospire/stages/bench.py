@@ -251,7 +251,8 @@ def parts(
 
     def optimiser() -> None:
         adam.step()
-        latents.step(batch.rows, torch.zeros_like(latents.z[: len(z)]), config.lr_z)
+        own = latents.take(batch.rows).detach()
+        latents.step(batch.rows, own, torch.zeros_like(own), config.lr_z)
 
     def fft() -> None:
         residual_energy(images.detach().requires_grad_(), transfer, images, model.strength_sd).sum().backward()

@@ -41,6 +41,19 @@ class Latents:
     def take(self, rows: Tensor) -> Tensor:
         return self.z[rows - self.start].requires_grad_()
 
+    def draw(self, rows: Tensor, noise: Tensor) -> Tensor:
+        """Latents of ``rows`` drawn from what their images leave open, a normal of covariance ``(F + precision)^-1`` about them (Laplace),
+        by white ``noise`` (B, latent); poses as they are.
+
+        A mixture that sees these learns the mean of the shapes which an image may show (variational EM; Kingma & Welling 2014); by the
+        likeliest ones alone it would learn one shape for the noise of each.
+        """
+        latent = noise.shape[1]
+        left_open = torch.linalg.inv_ex(self.fisher + self.precision.diag()).inverse[:latent, :latent]
+        z = self.z[rows - self.start]
+        z[:, :latent] += noise @ torch.linalg.cholesky_ex(left_open).L.T
+        return z.requires_grad_()
+
     def learn(self, probe: Tensor, team: Team) -> None:
         """Update F from ``J^T e`` (B, D), e unit white noise: its covariance is J^T J (Hutchinson's estimator), over all ranks."""
         dims = probe.shape[1]
@@ -48,12 +61,13 @@ class Latents:
         new = (total[:-1] / total[-1]).reshape(dims, dims).float().to(self.z.device)
         self.fisher = torch.lerp(self.fisher, new, MEMORY) if self.fisher.any() else new
 
-    def step(self, rows: Tensor, gradient: Tensor, rate: float) -> None:
-        """``gradient`` (B, D) of the negative log-likelihood of each image."""
+    def step(self, rows: Tensor, z: Tensor, gradient: Tensor, rate: float) -> None:
+        """By the ``gradient`` (B, D) of the negative log-likelihood of each image at ``z`` (B, D), its own or drawn."""
         at = rows - self.start
         metric = self.fisher + self.precision.diag()
         # Positive definite; without the check for that, for which the CPU would wait.
-        step = rate * torch.linalg.solve_ex(metric, (gradient + self.precision * (self.z[at] - self.mean[at])).T).result.T
+        newton = torch.linalg.solve_ex(metric, (gradient + self.precision * (z - self.mean[at])).T).result.T
+        step = rate * (newton - (z - self.z[at]))
         length = (step.square() * self.precision.clamp(min=1)).sum(1, keepdim=True).sqrt()
         self.z[at] -= step * (REACH / length.clamp(min=REACH))
 

@@ -33,6 +33,7 @@ from cryospire.training.still import hold_still, settle
 RESTARTS = (1 / 3, 2 / 3)  # of the epochs, after which latents may begin anew
 AGREE_EVERY, AGREE_SECONDS = 10, 5.0  # steps, and time, at most between the ranks' agreements on stopping and on a finite loss
 FORMAT = 2  # of checkpoints
+NOISE = 1  # stream of random numbers
 PROBE_EVERY = 8  # steps between estimates of the latents' Fisher information
 M_TRIM_THRESHOLD, M_MMAP_MAX, KEPT = -1, -4, 2**30  # malloc.h; bytes of freed memory that are kept
 POSES = 1 << 16  # particles whose poses are corrected at once
@@ -169,6 +170,9 @@ def fit(
                     hold_still(model, part, latents, data, team)
                     for parameter in model.sway.parameters():  # of which Adam has counted steps without a gradient
                         adam.state.pop(parameter, None)
+            # Of all particles, on every rank: one has the same noise whatever the number of ranks.
+            noise = np.random.default_rng((seed, epoch, NOISE)).standard_normal((len(data), latent), np.float32)
+            white = torch.from_numpy(noise[start:stop]).to(team.device)
             began = time.monotonic()
             factor = decay((epoch * per_epoch + first_step) / (config.epochs * per_epoch))
             source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)
@@ -179,6 +183,8 @@ def fit(
                 zb = latents.take(batch.rows)
                 if step % PROBE_EVERY == 0:
                     latents.learn(probe(model, zb, batch, config, lanes, (seed, epoch, step)), team)
+                if settling:
+                    zb = latents.draw(batch.rows, factor * white[batch.rows - start])
                 rate = config.lr_z * (factor if settling else 1)
                 running += descend(model, likelihood, latents, adam, batch, zb, config, team.size, rate)
                 progress.advance(batch.total, f"epoch {epoch + 1}/{config.epochs}")
@@ -263,7 +269,7 @@ def descend(
     adam.step()
     away = (latents.precision * (z.detach() - latents.mean[batch.rows - latents.start]).square()).sum() / 2
     gradient = z.grad / weight if z.grad is not None else torch.zeros_like(z)
-    latents.step(batch.rows, gradient, rate)
+    latents.step(batch.rows, z.detach(), gradient, rate)
     return energy.detach().sum() + away
 
 

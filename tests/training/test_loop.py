@@ -56,14 +56,30 @@ def test_latents_reach_the_maximum_a_posteriori_of_a_linear_model() -> None:
     with team() as alone:
         for _ in range(50):
             table.learn(torch.randn(500, 30, generator=g) @ matrix, alone)
-            table.step(rows, (table.z @ matrix.T - images) @ matrix, 1.0)
+            table.step(rows, table.z, (table.z @ matrix.T - images) @ matrix, 1.0)
     answer = torch.linalg.solve(matrix.T @ matrix + torch.eye(3), (images @ matrix + table.mean).T).T
     torch.testing.assert_close(table.z, answer, rtol=1e-3, atol=1e-3)
 
 
+def test_drawn_latents_find_the_scale_of_a_linear_model() -> None:
+    """Images ``x = a z + noise``, unit prior: the likeliest a has ``a^2 = var(x) - 1``; by the likeliest z alone it would grow for ever."""
+    g = torch.Generator().manual_seed(0)
+    images = 1.5 * torch.randn(4000, 1, generator=g) + torch.randn(4000, 1, generator=g)
+    table, rows, a = Latents(torch.zeros(4000, 1), 0, torch.ones(1)), torch.arange(4000), torch.tensor(0.7)
+    path = []
+    with team() as alone:
+        for _ in range(300):
+            table.learn(torch.randn(4000, 1, generator=g) * a, alone)
+            z = table.draw(rows, torch.randn(4000, 1, generator=g)).detach()
+            table.step(rows, z, (z * a - images) * a, 1.0)
+            a = a + 0.3 * ((images - a * z) * z).mean() / z.square().mean()
+            path.append(float(a))
+    assert sum(path[-50:]) / 50 == pytest.approx(float(images.var() - 1) ** 0.5, rel=0.02)
+
+
 def test_a_row_is_untouched_by_batches_without_it() -> None:
     table = Latents(torch.zeros(5, 2), 0, torch.ones(2))
-    table.step(torch.tensor([1, 3]), torch.ones(2, 2), 0.1)
+    table.step(torch.tensor([1, 3]), torch.zeros(2, 2), torch.ones(2, 2), 0.1)
     assert torch.equal(table.z[[0, 2, 4]], torch.zeros(3, 2)) and (table.z[[1, 3]] < 0).all()
 
 
