@@ -81,7 +81,7 @@ class Training(Section):
     rank: int = Field(32, ge=1, description="rank of the factorized head")
     hidden: int = Field(32, ge=1, description="units in a hidden layer")
     layers: int = Field(1, ge=1, description="hidden layers")
-    lambda_z: float = Field(1.0, ge=0, description="weight of |z|^2 / 2 beside |residual|^2 / 2 summed over pixels; 1 is the MAP estimate under unit noise")
+    lambda_z: float = Field(1.0, gt=0, description="weight of |z|^2 / 2 beside |residual|^2 / 2 summed over pixels; 1 is the MAP estimate under unit noise")
     lr: float = Field(1e-2, gt=0, description="Adam, networks and features")
     lr_z: float = Field(1.0, gt=0, description="latents: fraction of a natural-gradient (Newton) step a visit, in stage 2 falling like lr; each is visited once an epoch")
     refine_poses: bool = Field(True, description="correct the pose of every particle along with its latent; how wrong poses are is learnt from the images; stage 2 then takes the frame of the part that rests")

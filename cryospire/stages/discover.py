@@ -24,7 +24,7 @@ from cryospire.training.loop import fit, start_threads
 
 HISTORY = {
     "epoch": ("epoch, from 1", ""),
-    "loss": ("mean negative log posterior of a particle", ""),
+    "loss": ("mean negative log posterior of a particle; in stage 2 of drawn latents", ""),
     "latent_sd": ("standard deviation of latent coordinates", ""),
     "turn_sd": ("standard deviation of the errors of the given poses about an axis, as the images say", "degrees"),
     "shift_sd": ("standard deviation of the errors of the given shifts along an axis, as the images say", "Å"),

@@ -42,17 +42,15 @@ class Latents:
         return self.z[rows - self.start].requires_grad_()
 
     def draw(self, rows: Tensor, noise: Tensor) -> Tensor:
-        """Latents of ``rows`` drawn from what their images leave open, a normal of covariance ``(F + precision)^-1`` about them (Laplace),
-        by white ``noise`` (B, latent); poses as they are.
+        """What the images of ``rows`` leave open, drawn by white ``noise`` (B, D) from a normal of covariance ``(F + precision)^-1`` about
+        their estimates (Laplace): shape and pose together, which an image may take for each other.
 
         A mixture that sees these learns the mean of the shapes which an image may show (variational EM; Kingma & Welling 2014); by the
         likeliest ones alone it would learn one shape for the noise of each.
         """
-        latent = noise.shape[1]
-        left_open = torch.linalg.inv_ex(self.fisher + self.precision.diag()).inverse[:latent, :latent]
-        z = self.z[rows - self.start]
-        z[:, :latent] += noise @ torch.linalg.cholesky_ex(left_open).L.T
-        return z.requires_grad_()
+        root = torch.linalg.cholesky_ex(self.fisher + self.precision.diag()).L
+        drawn = torch.linalg.solve_triangular(root.T, noise.T, upper=True).T
+        return (self.z[rows - self.start] + drawn).requires_grad_()
 
     def learn(self, probe: Tensor, team: Team) -> None:
         """Update F from ``J^T e`` (B, D), e unit white noise: its covariance is J^T J (Hutchinson's estimator), over all ranks."""
@@ -62,7 +60,8 @@ class Latents:
         self.fisher = torch.lerp(self.fisher, new, MEMORY) if self.fisher.any() else new
 
     def step(self, rows: Tensor, z: Tensor, gradient: Tensor, rate: float) -> None:
-        """By the ``gradient`` (B, D) of the negative log-likelihood of each image at ``z`` (B, D), its own or drawn."""
+        """By the ``gradient`` (B, D) of the negative log-likelihood of each image at ``z`` (B, D), its own or drawn: on average over images
+        the draw is taken back."""
         at = rows - self.start
         metric = self.fisher + self.precision.diag()
         # Positive definite; without the check for that, for which the CPU would wait.

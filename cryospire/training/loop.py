@@ -170,9 +170,9 @@ def fit(
                     hold_still(model, part, latents, data, team)
                     for parameter in model.sway.parameters():  # of which Adam has counted steps without a gradient
                         adam.state.pop(parameter, None)
-            # Of all particles, on every rank: one has the same noise whatever the number of ranks.
-            noise = np.random.default_rng((seed, epoch, NOISE)).standard_normal((len(data), latent), np.float32)
-            white = torch.from_numpy(noise[start:stop]).to(team.device)
+            if settling:  # noise of all particles, on every rank: one has the same whatever the number of ranks
+                noise = np.random.default_rng((seed, epoch, 0, NOISE)).standard_normal((len(data), latents.z.shape[1]), np.float32)
+                white = torch.from_numpy(noise[start:stop]).to(team.device)
             began = time.monotonic()
             factor = decay((epoch * per_epoch + first_step) / (config.epochs * per_epoch))
             source = batches(data, lanes, config.lanes, config.batch, config.memory_mib, seed, epoch, first_step)

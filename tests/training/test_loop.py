@@ -77,6 +77,34 @@ def test_drawn_latents_find_the_scale_of_a_linear_model() -> None:
     assert sum(path[-50:]) / 50 == pytest.approx(float(images.var() - 1) ** 0.5, rel=0.02)
 
 
+def test_draws_spread_as_images_leave_open() -> None:
+    """Where shape and pose look alike, a draw of one goes with that of the other."""
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(12, 5, generator=g)
+    table = Latents(torch.randn(100_000, 5, generator=g), 0, torch.tensor([1.0, 1.0, 4.0, 4.0, 0.5]))
+    table.fisher = matrix.T @ matrix
+    rows = torch.arange(1, 100_000)
+    drawn = table.draw(rows, torch.randn(len(rows), 5, generator=g)).detach() - table.z[1:]
+    torch.testing.assert_close(torch.cov(drawn.T), torch.linalg.inv(table.fisher + table.precision.diag()), rtol=0.05, atol=2e-3)
+    assert drawn.mean(0).abs().max() < 0.01
+
+
+def test_stage_2_draws_less_and_less_and_stage_1_nothing(particles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+    draw = Latents.draw
+
+    def seen(self: Latents, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        sizes.append(float(noise.square().mean().sqrt()))
+        return draw(self, rows, noise)
+
+    monkeypatch.setattr(Latents, "draw", seen)
+    train(particles, tmp_path / "one", stage=1)
+    assert not sizes
+    train(particles, tmp_path / "two", stage=2)
+    quarter = len(sizes) // 4
+    assert sum(sizes[1:quarter]) / (quarter - 1) > 0.8 and sum(sizes[-quarter:]) / quarter < 0.2
+
+
 def test_a_row_is_untouched_by_batches_without_it() -> None:
     table = Latents(torch.zeros(5, 2), 0, torch.ones(2))
     table.step(torch.tensor([1, 3]), torch.zeros(2, 2), torch.ones(2, 2), 0.1)
