@@ -55,12 +55,16 @@ class Seen:
     def parts(self) -> int:
         return int(self.part.max()) + 1
 
+    def shown(self, state: int) -> tuple[Tensor, Tensor]:
+        """Centres (G, 3) Å and mass (G,) of the Gaussians in a state."""
+        centre, amplitude, scale = self.mixture.forward_gaussians(self.latent[state][None])
+        return centre[0], amplitude[0].abs() * scale**3
+
     def atoms(self, state: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Centres (A, 3) Å and parts (A,) of the Gaussians that are there."""
-        centre, amplitude, scale = self.mixture.forward_gaussians(self.latent[state][None])
-        mass = amplitude[0].abs() * scale**3
+        centre, mass = self.shown(state)
         here = mass > LIGHT * mass.median()
-        return centre[0][here].numpy(), self.part[here].numpy()
+        return centre[here].numpy(), self.part[here].numpy()
 
     def held_by(self, mine: Tensor) -> tuple[Tensor, Tensor]:
         """Tell all in the frame of some Gaussians (G,; boolean).  Returns where they are held, (1, n, 3) pixels, and their mass (1, n)."""
@@ -70,9 +74,8 @@ class Seen:
 
     def middle(self, part: int, state: int) -> Tensor:
         """Centre of mass (3,) Å of a part in a state."""
-        centre, amplitude, scale = self.mixture.forward_gaussians(self.latent[state][None])
-        mass = (amplitude[0].abs() * scale**3)[self.part == part]
-        return mass @ centre[0][self.part == part] / mass.sum()
+        centre, mass = (x[self.part == part] for x in self.shown(state))
+        return mass @ centre / mass.sum()
 
     def parts_by(self, other: Seen) -> Tensor:
         """Part (G,) of every Gaussian by the other's parts; -1 where none of the other's is near."""
